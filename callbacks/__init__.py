@@ -1,0 +1,10 @@
+"""Callbacks: glue between training rules and metrics; no mathematics here."""
+
+from callbacks.dice import Dice
+from callbacks.ema import EMA
+from callbacks.image_grid import ImageGrid
+from callbacks.memorization import Memorization
+from callbacks.run_record import RunRecord
+from callbacks.synthetic_dataset import SyntheticDataset
+
+__all__ = ["EMA", "Dice", "ImageGrid", "Memorization", "RunRecord", "SyntheticDataset"]

@@ -1,0 +1,54 @@
+"""Moving average of a generator's weights.
+
+Karras et al. 2018, "Progressive Growing of GANs" (ICLR, arXiv 1710.10196), appendix A.3; half-life in images with a
+ramp-up as in Karras et al. 2020 (NeurIPS, arXiv 2006.06676).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_modules.image_generator import ImageGenerator
+
+
+class EMA(Callback):
+    """Keep the moving average `ema_network` of an image generator.
+
+    Args:
+        halflife_kimg: half-life of the average in thousands of images.
+        rampup: the half-life is at most this share of the images seen so far; None starts with the full half-life.
+    """
+
+    def __init__(self, halflife_kimg: float = 10.0, rampup: float | None = 0.05) -> None:
+        if halflife_kimg <= 0:
+            raise ValueError(f"Expected halflife_kimg to be positive, but got {halflife_kimg}.")
+        self.halflife_kimg = halflife_kimg
+        self.rampup = rampup
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average before a checkpoint is loaded."""
+        if not isinstance(pl_module, ImageGenerator):
+            raise ValueError(f"EMA averages image generators, but the model is a {type(pl_module).__name__}.")
+        if stage == "fit":
+            pl_module.start_ema()
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the average towards the weights; buffers are copied."""
+        assert isinstance(pl_module, ImageGenerator)
+        images = len(batch["slices"]) * trainer.world_size
+        halflife = self.halflife_kimg * 1000
+        if self.rampup is not None:
+            # The module advances its clock after the callbacks: these are the images before this batch.
+            halflife = min(halflife, pl_module.images_seen * self.rampup)
+        decay = 0.5 ** (images / max(halflife, 1e-8))
+        network, average = pl_module.sampled_network, pl_module.start_ema()
+        for target, source in zip(average.parameters(), network.parameters(), strict=True):
+            target.copy_(source.lerp(target, decay))
+        for target, source in zip(average.buffers(), network.buffers(), strict=True):
+            target.copy_(source)

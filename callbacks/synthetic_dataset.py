@@ -1,0 +1,154 @@
+"""Emission of a synthetic slice set from a generator."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from datamodules.slice_set import class_pixels, finish_slice_set, read_manifest, save_shard
+from lightning_modules.image_generator import ImageGenerator, ImagePlan
+
+
+class SyntheticDataset(Callback):
+    """Write the images that `predict` makes as a slice set, `<run_dir>/synthetic`.
+
+    Batch k holds the images k * batch_size, ... and is made as a whole by one rank, so the set is the same byte for byte
+    for any number of processes. A finished batch is a file of its own until all are there: an interrupted emission goes
+    on where it stopped. A set of other weights is replaced when the new one is complete.
+
+    Args:
+        slices: how many images.
+        seed: image i depends on the weights, this seed and i.
+        batch_size: images made at once.
+        shard_slices: slices per file of the finished set.
+    """
+
+    def __init__(self, slices: int = 10_000, seed: int = 0, batch_size: int = 64, shard_slices: int = 4096) -> None:
+        for name, value in (("slices", slices), ("batch_size", batch_size), ("shard_slices", shard_slices)):
+            if value < 1:
+                raise ValueError(f"SyntheticDataset: expected {name} to be at least 1, but got {value}.")
+        self.slices = slices
+        self.seed = seed
+        self.batch_size = batch_size
+        self.shard_slices = shard_slices
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the generator which images to make."""
+        if not isinstance(pl_module, ImageGenerator):
+            raise ValueError(f"SyntheticDataset writes what image generators make, not {type(pl_module).__name__}.")
+        self.final = Path(trainer.default_root_dir) / "synthetic"
+        self.partial = self.final.with_name("synthetic.partial")
+        if stage == "predict":
+            pl_module.image_plan = ImagePlan(self.seed, lambda: self._share(trainer, pl_module))
+
+    def _share(self, trainer: Trainer, generator: ImageGenerator) -> Sequence[range]:
+        """List this rank's part of the batches that are not on disk yet; clear away what other weights have left.
+
+        A rank without work repeats the last batch, because Lightning calls no hooks (where the ranks wait for each
+        other) for an empty loader.
+        """
+        network = generator.ema_network if generator.ema_network is not None else generator.sampled_network
+        self.weights = weights_hash(network)
+        plan = f"{self.weights} {self.seed} {self.batch_size}"
+        if trainer.is_global_zero and not self._is_complete():
+            if (self.partial / "plan.txt").exists() and (self.partial / "plan.txt").read_text() != plan:
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            (self.partial / "plan.txt").write_text(plan)
+        trainer.strategy.barrier("synthetic set: plan")
+        batches = [range(start, start + self.batch_size) for start in range(0, self.slices, self.batch_size)]
+        missing = [] if self._is_complete() else [b for b in batches if not self._part(b.start).exists()]
+        trainer.strategy.barrier("synthetic set: listed")
+        return missing[trainer.global_rank :: trainer.world_size] or batches[-1:]
+
+    def _is_complete(self) -> bool:
+        if not (self.final / "dataset.json").exists():
+            return False
+        content = read_manifest(self.final).content
+        made = (content["weights_sha256"], content["seed"], content["batch_size"], content["slices"])
+        return made == (self.weights, self.seed, self.batch_size, self.slices)
+
+    def _part(self, start: int) -> Path:
+        return self.partial / f"part-{start:09d}.npy"
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Write a batch; outputs is uint8 (N, 5, H, W)."""
+        slices: Tensor = outputs
+        start = int(batch[0])
+        if not self._is_complete():
+            save_shard(self._part(start), slices[: self.slices - start].cpu().numpy())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the batches together when all ranks are done."""
+        trainer.strategy.barrier("synthetic set: batches")
+        if trainer.is_global_zero and not self._is_complete():
+            self._assemble(trainer, pl_module)
+        trainer.strategy.barrier("synthetic set: complete")
+
+    def _assemble(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for leftover in self.partial.glob("slices-*.npy"):
+            leftover.unlink()
+        waiting: list[np.ndarray] = []
+        labels, shard = [], 0
+        for start in range(0, self.slices, self.batch_size):
+            part = np.load(self._part(start))
+            labels.append(class_pixels(part[:, -1]))
+            waiting.append(part)
+            ready = sum(len(array) for array in waiting)
+            if ready >= self.shard_slices or start + self.batch_size >= self.slices:
+                save_shard(self.partial / f"slices-{shard:05d}.npy", np.concatenate(waiting))
+                waiting, shard = [], shard + 1
+        name = [f"synthetic-{self.weights[:8]}-{self.seed}-{i:07d}" for i in range(self.slices)]
+        index = pd.concat(labels, ignore_index=True).assign(patient=name, volume=name, z=0, split="train")
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        description = {
+            "kind": "synthetic",
+            "spacing_mm": datamodule.real.manifest.spacing_mm,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "weights_sha256": self.weights,
+            "generator": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
+            "hyperparameters": {k: _plain(v) for k, v in pl_module.hparams.items()},
+            "images_seen": getattr(pl_module, "images_seen", 0),
+            "patients_seen": datamodule.patients_seen,
+            "trained_on": [part.manifest.fingerprint for part in datamodule.training_sets],
+            "filtered": "nothing",
+            "standin_version": version("standin"),
+        }
+        finish_slice_set(self.partial, index, description)
+        for path in [*self.partial.glob("part-*.npy"), self.partial / "plan.txt"]:
+            path.unlink()
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.partial.rename(self.final)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Hash names and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Keep what JSON can hold; objects become their class names."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return type(value).__name__

@@ -1,0 +1,77 @@
+"""The console command `standin`: each subcommand hands over to one function of a package.
+
+Only the package of the subcommand that is asked for is imported, so `standin --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where the function of a subcommand is, and an example of its use."""
+
+    module: str
+    function: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "prepare": Command(
+        "datamodules.prepare",
+        "prepare",
+        "turn a BraTS folder into a slice set",
+        "standin prepare BraTS2021 data/brats2021 --size_px 128\n"
+        "standin prepare BraTS2020 data/paper --preset paper --split paper",
+    ),
+    "phantom": Command(
+        "datamodules.phantom",
+        "write_phantom",
+        "make BraTS-like patients from a template, without any download",
+        "standin phantom data/phantom --patients 24 --seed 0",
+    ),
+    "report": Command(
+        "study.report",
+        "report",
+        "compare segmenters trained on real and synthetic slices, and memorization, in one page",
+        "standin report report --real data/slices --generators '[runs/stylegan2]' "
+        "--segmenters '[runs/unet-real, runs/unet-synthetic]'",
+    ),
+}
+
+
+def overview() -> str:
+    """Say which subcommands there are."""
+    lines = ["usage: standin COMMAND ...", "", "May a synthetic set of brain MR images stand in for the real one?", ""]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`standin COMMAND --help` shows the options of a command. Training: `python train.py --help`."]
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one subcommand."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(overview() + "\n")
+        return
+    name, *rest = args
+    if name not in COMMANDS:
+        sys.exit(f"standin: there is no command {name!r}.\n\n{overview()}")
+    command = COMMANDS[name]
+    from jsonargparse import auto_cli
+
+    function: Any = getattr(importlib.import_module(command.module), command.function)
+    examples = "examples:\n" + "\n".join(f"  {line}" for line in command.example.splitlines())
+    try:
+        auto_cli(function, args=rest, prog=f"standin {name}", epilog=examples, as_positional=True)
+    except ValueError as error:
+        sys.exit(f"standin {name}: {error}")
+
+
+if __name__ == "__main__":
+    main()

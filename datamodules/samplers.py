@@ -1,0 +1,91 @@
+"""Order of the data as a pure function of the seed: an endless stream for training, whole volumes for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from torch.utils.data import Sampler
+
+
+class StreamSampler(Sampler[int]):
+    """Positions in an endless training stream; an epoch is a tick of a fixed number of images.
+
+    Epoch e covers positions e * epoch_images to (e + 1) * epoch_images - 1; sample j of a global batch goes to rank
+    j mod world size. Lightning calls `set_epoch` before every epoch, after a resumption too.
+
+    Args:
+        epoch_images: images per epoch over all ranks.
+        rank: of this process.
+        world_size: number of processes; must divide `epoch_images`.
+    """
+
+    def __init__(self, epoch_images: int, rank: int = 0, world_size: int = 1) -> None:
+        if epoch_images % world_size:
+            raise ValueError(f"Expected epoch_images to be a multiple of {world_size} processes, but got {epoch_images}.")
+        self.epoch_images, self.rank, self.world_size, self.epoch = epoch_images, rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.epoch_images
+        return iter(range(start + self.rank, start + self.epoch_images, self.world_size))
+
+    def __len__(self) -> int:
+        return self.epoch_images // self.world_size
+
+
+class StreamOrder:
+    """Which slice stands at a position of the stream: endless shuffled passes over `n` slices.
+
+    Pass p is the permutation drawn from `(seed, p)`, so every slice is seen equally often and any position can be
+    looked up without going through those before it.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed = n, seed
+        self._pass, self._order = -1, np.empty(0, np.int64)
+
+    def __call__(self, positions: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Look positions up: slice numbers 0..n-1."""
+        out = np.empty(len(positions), np.int64)
+        for i, position in enumerate(positions):
+            number, offset = divmod(position, self.n)
+            if number != self._pass:
+                self._pass, self._order = number, np.random.default_rng((self.seed, number)).permutation(self.n)
+            out[i] = self._order[offset]
+        return out
+
+
+class VolumeSampler(Sampler[int]):
+    """Every slice exactly once over all ranks, all slices of a patient on one rank, in order of z.
+
+    Patients are dealt, the largest first, to the rank that has the fewest slices; no rank is padded.
+
+    Args:
+        index: rows of the slice set with the columns patient, volume, z.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, index: pd.DataFrame, rank: int = 0, world_size: int = 1) -> None:
+        sizes = index.groupby("patient").size().sort_index().sort_values(ascending=False, kind="stable")
+        load, mine = np.zeros(world_size, np.int64), set()
+        for patient, size in sizes.items():
+            target = int(load.argmin())
+            load[target] += size
+            if target == rank:
+                mine.add(patient)
+        chosen = index.reset_index(drop=True)
+        chosen = chosen[chosen["patient"].isin(mine)].sort_values(["patient", "volume", "z"], kind="stable")
+        self.positions: list[int] = chosen.index.to_list()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)

@@ -1,0 +1,1 @@
+"""Training rules: one LightningModule per kind of model; networks are injected."""

@@ -1,0 +1,43 @@
+"""What every training rule shares: the clock that counts images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+
+def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bool = False) -> None:
+    """Log numbers that are the same on all ranks, once per epoch."""
+    module.log_dict(dict(values), on_step=False, on_epoch=True, prog_bar=prog_bar, sync_dist=True)
+
+
+class ImageClockModule(LightningModule):
+    """A LightningModule whose clock is the number of training images seen.
+
+    Lightning's `global_step` counts the steps of every optimizer; `images_seen` depends neither on the number of
+    optimizers nor on batch size or number of processes. It is saved with the checkpoint and is the x-axis of TensorBoard.
+    """
+
+    images_seen: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images_seen = 0
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Advance the clock by the images of the global batch."""
+        self.images_seen += len(batch["slices"]) * self.trainer.world_size
+
+    def on_train_epoch_end(self) -> None:
+        """Put the clock under the curves of this epoch."""
+        log_epoch(self, {"step": float(self.images_seen)})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the clock."""
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the clock."""
+        self.images_seen = checkpoint["images_seen"]

@@ -1,0 +1,1 @@
+"""Networks of the generators, in plain PyTorch: nothing here knows Lightning, data sets or training rules."""

@@ -1,0 +1,92 @@
+"""Train, then do what naturally follows: a generator emits its synthetic set, a segmenter is tested.
+
+`python train.py --config configs/stylegan2.yaml --data.root SLICES`; the same command again resumes. `--help`,
+`--print_config` and `--model.help CLASS` show everything that can be set.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+BASE = Path(__file__).parent / "configs" / "base.yaml"
+Task = Literal["fit", "validate", "test", "predict"]
+
+
+class StandInCLI(LightningCLI):
+    """LightningCLI with the options that are neither model, data nor trainer."""
+
+    def add_arguments_to_parser(self, parser: ArgumentParser) -> None:  # type: ignore[override]
+        """Add the options of a run; configs pass them on by `${...}`."""
+        parser.add_argument("--run_dir", type=str, help="Folder of everything that this run writes.")
+        parser.add_argument("--synthetic_slices", type=int, default=10_000, help="How many slices a generator emits.")
+        parser.add_argument("--task", type=Task | None, default=None, help="Do only this step; default: all.")
+
+
+def readable_checkpoint(folder: Path, names: tuple[str, ...] = ("*.ckpt",)) -> Path | None:
+    """Find the newest checkpoint that can be read; a torn one is passed over with a warning."""
+    candidates = {path for name in names for path in folder.glob(name)}
+    for path in sorted(candidates, key=lambda p: (p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True):
+        try:
+            torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except Exception as error:
+            warnings.warn(f"{path} cannot be read ({type(error).__name__}); trying the one before it.", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run_dir: Path, task: Task | None) -> None:
+    """Do one step, or train and then test (segmenters) or emit (generators)."""
+    checkpoints = run_dir / "checkpoints"
+    if task in (None, "fit"):
+        last = readable_checkpoint(checkpoints, ("last.ckpt", "epoch=*.ckpt"))
+        trainer.fit(model, datamodule=data, ckpt_path=last)
+    if task == "fit":
+        return
+    best = readable_checkpoint(checkpoints, ("best.ckpt",)) or readable_checkpoint(checkpoints)
+    if best is None:
+        raise ValueError(f"Expected a checkpoint in {checkpoints}, but there is none. Train first, with the same command.")
+    if task == "validate":
+        trainer.validate(model, datamodule=data, ckpt_path=best)
+    elif task == "test" or (task is None and is_overridden("test_step", model)):
+        trainer.test(model, datamodule=data, ckpt_path=best)
+    else:
+        trainer.predict(model, datamodule=data, ckpt_path=best, return_predictions=False)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse, build, run."""
+    parser_kwargs: dict[str, Any] = {
+        "parser_mode": "omegaconf+",
+        "allow_abbrev": False,
+        "default_config_files": [str(BASE)],
+    }
+    cli = StandInCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs=parser_kwargs,
+        args=args,
+    )
+    run(cli.trainer, cli.model, cli.datamodule, Path(cli.config.run_dir), cli.config.task)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
