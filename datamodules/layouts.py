@@ -305,13 +305,16 @@ def read_nifti(content: bytes, name: str) -> Nifti:
 
     try:
         raw = gzip.decompress(content) if name.lower().endswith(".gz") else content
-        is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
-        image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_bytes(raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"cannot be read ({error})") from error
+    header_bytes = {int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")}
+    if not header_bytes & {348, 540}:
+        raise ValueError(f"is no NIfTI file ({len(raw)} bytes, and no NIfTI header)")
+    try:
+        image = (nibabel.Nifti2Image if 540 in header_bytes else nibabel.Nifti1Image).from_bytes(raw)
         array = np.asanyarray(image.dataobj)
-    except (EOFError, OSError, zlib.error, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+    except Exception as error:  # nibabel has many kinds for damaged headers, without a common base
         raise ValueError(f"cannot be read ({' '.join(str(error).split())[:90]})") from error
-    except nibabel.spatialimages.HeaderDataError as error:
-        raise ValueError(f"has a header that cannot be read ({error})") from error
     affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 or array.ndim < 3:
         raise ValueError(f"is no volume with a valid affine (shape {array.shape}, affine {affine[:3].tolist()})")

@@ -1,13 +1,14 @@
 """The embedded default data set: BraTS-like patients made on the machine, without a download.
 
 `write_phantom` writes folders with the names, grid, orientation and data types of BraTS 2021 (Baid et al., arXiv
-2107.02314). Brains and tumours come from `phantom_anatomy`, whose docstring states the notice of the template used: ICBM
-2009a nonlinear symmetric (Fonov et al. 2009, 2011), copyright McConnell Brain Imaging Centre, Montreal Neurological
-Institute, McGill University. This file grows the tumours and turns tissue into the intensities of T1, contrast-enhanced T1, T2 and FLAIR
-of a scanner of its own for every patient. Oedema follows the reaction-diffusion equation of Fisher and KPP, faster in
-white matter than in grey (Swanson, Alvord, Murray, Cell Proliferation 33:317, 2000; Clatz et al., IEEE TMI 24:1334,
-2005). The phantom is for learning the program and for testing it; no result on it says
-anything about patients.
+2107.02314). The brains come from `phantom_anatomy`, whose docstring states the notice of the template used: ICBM 2009a
+nonlinear symmetric (Fonov et al. 2009, 2011), copyright McConnell Brain Imaging Centre, Montreal Neurological
+Institute, McGill University. This file grows the tumours and turns tissue into the intensities of T1, contrast-enhanced
+T1, T2 and FLAIR of a scanner of its own for every patient. Oedema follows the reaction-diffusion equation of Fisher and
+KPP, faster in white matter than in grey (Swanson, Alvord, Murray, Cell Proliferation 33:317, 2000; Clatz et al., IEEE
+TMI 24:1334, 2005).
+
+The phantom is for learning the program and for testing it; no result on it says anything about patients.
 """
 
 import json
@@ -42,6 +43,7 @@ from datamodules.phantom_anatomy import (
 )
 
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 4  # BraTS' labels
+STEPS, NEVER = 140, 160  # of the growth; the time given to what it does not reach
 VERSION = 1  # of the patients' content: another number, other patients
 Modality = Literal["t1", "t1ce", "t2", "flair"]
 MODALITIES: tuple[Modality, ...] = ("t1", "t1ce", "t2", "flair")
@@ -95,7 +97,7 @@ def draw_plan(rng: np.random.Generator) -> Plan:
     count = 2 if rng.random() < 1 / 6 else 1
     lesions = []
     for k in range(count):
-        core_ml = float(np.clip(30 * np.exp(rng.normal(0, 0.9)), 1.5, 120)) * (1.0 if k == 0 else rng.uniform(0.1, 0.4))
+        core_ml = float(np.clip(30 * np.exp(rng.normal(0, 0.9)), 3, 120)) * (1.0 if k == 0 else rng.uniform(0.15, 0.4))
         radius = (core_ml * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
         oedema_ml = float(np.clip(48 * np.exp(rng.normal(0, 0.75)), 6, 150)) * (1.0 if k == 0 else 0.3)
         solid = rng.random() < 0.2  # hardly any necrosis
@@ -132,12 +134,14 @@ def cores(rng: np.random.Generator, lesions: Sequence[Lesion], centres: list[Poi
 
 
 def arrival(core: npt.NDArray[np.bool_], grey: Volume, white: Volume, rough: Volume) -> Volume:
-    """Time at which the front of the Fisher-KPP equation arrives at each control point, in steps of the integration.
+    """Step of the integration at which the front of the Fisher-KPP equation arrives at each control point.
 
-    u_t = div(D grad u) + rho u (1 - u), D = 1 in white matter, 0.08 in grey, 0 in fluid. The step is 0.15 knot^2 / D and
-    rho gives a front 1.2 knots wide, so in white matter it moves by a quarter of a knot a step. It starts from the
+    u_t = div(D grad u) + rho u (1 - u), D = 1 in white matter, 0.08 in grey, 0 in fluid. The step is 0.15 knot^2 / D
+    and rho gives a front 1.2 knots wide, so in white matter it moves by a quarter of a knot a step. It starts from the
     part of the tumour core where `rough` is large: oedema lies more on one side than on the other.
     """
+    if not core.any():  # smaller than the knots
+        return np.full(core.shape, NEVER, np.float32)
     diffusion = np.clip(
         (white**1.5 + 0.08 * grey) * (0.7 + 0.35 * rough), 0.02, 1.05
     )  # above 1.1 the scheme is unstable
@@ -147,7 +151,7 @@ def arrival(core: npt.NDArray[np.bool_], grey: Volume, white: Volume, rough: Vol
     faces = [np.minimum(diffusion, np.roll(diffusion, -1, axis)) * np.float32(0.15) for axis in range(3)]
     u = seeds.astype(np.float32)
     time = np.full(u.shape, np.inf, np.float32)
-    for step in range(140):
+    for step in range(STEPS):
         time[(u > 0.15) & np.isinf(time)] = step
         change = np.float32(0.104) * u * (1 - u) * (diffusion > 0)
         for axis, face in enumerate(faces):
@@ -155,7 +159,7 @@ def arrival(core: npt.NDArray[np.bool_], grey: Volume, white: Volume, rough: Vol
             change += flux - np.roll(flux, 1, axis)
         u = u + change
     # A smooth continuation behind the last arrival, so that the spline has no cliff.
-    return np.minimum(time, 160)
+    return np.minimum(time, NEVER)
 
 
 def labelled(plan: Plan, person: Individual, a: Anatomy, grid: Grid, rng: np.random.Generator) -> Growth:
@@ -163,12 +167,14 @@ def labelled(plan: Plan, person: Individual, a: Anatomy, grid: Grid, rng: np.ran
     core, rim = cores(rng, plan.lesions, person.centres_mm)
     rough = smooth_noise(rng, knots(), 3.0)
     start = (core > 0) & (person.depth_mm > 0)
-    front = evaluate(arrival(start, person.grey, person.white * cerebrum(person.mni_mm), rough), grid)
+    above = cerebrum(person.mni_mm)
+    front = evaluate(arrival(start, person.grey, person.white * above, rough), grid)
     depth = evaluate(core, grid) + 0.35 * a.fine
-    room = a.mask & ((a.csf < 0.6) | (a.depth_mm < 12))  # a core may fill sulci, never the ventricles
+    # A core may fill sulci, but neither the ventricles nor what lies below the tentorium.
+    room = a.mask & ((a.csf < 0.6) | (a.depth_mm < 12)) & (evaluate(above, grid) > 0.4)
     inside = room & (depth > 0)
     label = np.zeros(depth.shape, np.uint8)
-    tissue = room & ~inside & (front < 135)
+    tissue = room & ~inside & (front < STEPS)
     times = np.sort(front[tissue])
     voxels = int(sum(lesion.oedema_ml for lesion in plan.lesions) * 1000 / grid.spacing_mm**3)
     last = float(times[min(voxels, len(times) - 1)]) if len(times) else 0.0
@@ -257,7 +263,7 @@ def images(rng: np.random.Generator, a: Anatomy, growth: Growth, grid: Grid) -> 
             signal = ndimage.gaussian_filter1d(signal, rng.uniform(1.2, 2.0) / spacing, axis=2, truncate=3)
         bias = smooth_noise(rng, knots(), 45 / 3.0)
         signal *= np.exp(rng.uniform(0.03, 0.12) * evaluate(bias, grid))
-        level = WHITE_MATTER[modality] * np.exp(rng.normal(0, 0.35))
+        level = WHITE_MATTER[modality] * np.exp(rng.normal(0, 0.45))
         noise = rng.standard_normal(signal.shape, dtype=np.float32)
         noise = ndimage.gaussian_filter(noise, 0.6 / spacing, truncate=3) if spacing < 2 else noise
         signal += quality * (1.6 if modality == "t2" else 1.0) * noise / noise.std()
@@ -285,8 +291,8 @@ def write_patient(out: Path, seed: int, spacing_mm: float, index: int) -> Path:
     """Make patient `index` and write its folder; it has its final name only when it is complete."""
     rng = np.random.default_rng((seed, index))
     plan = draw_plan(rng)
-    grid = Grid.at(spacing_mm)
     person = individual(rng, plan.lesions)
+    grid = Grid.at(spacing_mm).around(person.depth_mm > -2)
     anatomy = voxelized(rng, person, plan.sulcal_width_mm, grid)
     growth = labelled(plan, person, anatomy, grid, rng)
     volumes: dict[str, npt.NDArray[np.generic]] = {"seg": growth.label}
@@ -300,9 +306,9 @@ def write_patient(out: Path, seed: int, spacing_mm: float, index: int) -> Path:
         whole = np.zeros(grid.shape, values.dtype)
         whole[grid.box] = values
         stored = nib.nifti1.Nifti1Image(whole, affine(spacing_mm))  # type: ignore[no-untyped-call]
-        stored.header.set_xyzt_units("mm")
-        stored.set_qform(stored.affine, code="scanner")
-        stored.set_sform(stored.affine, code="scanner")
+        stored.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+        stored.set_qform(stored.affine, code="scanner")  # type: ignore[no-untyped-call]
+        stored.set_sform(stored.affine, code="scanner")  # type: ignore[no-untyped-call]
         nib.loadsave.save(stored, temporary / f"{name}_{suffix}.nii.gz")
     return temporary.rename(out / name)
 
@@ -314,8 +320,8 @@ def check(out: Path, patients: int, seed: int, spacing_mm: float, workers: int |
         faults.append(f"patients: expected 1 to 99999, got {patients}")
     if seed < 0:
         faults.append(f"seed: expected 0 or more, got {seed}")
-    if not 0.5 <= spacing_mm <= 8:
-        faults.append(f"spacing_mm: expected 0.5 to 8 mm, got {spacing_mm}")
+    if not 1 <= spacing_mm <= 8:
+        faults.append(f"spacing_mm: expected 1 to 8 mm, got {spacing_mm}")
     if workers is not None and workers < 1:
         faults.append(f"workers: expected 1 or more (or none, for one a core), got {workers}")
     if out.exists() and not out.is_dir():
@@ -340,9 +346,9 @@ def check(out: Path, patients: int, seed: int, spacing_mm: float, workers: int |
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(made_with, indent=2) + "\n")
-        partial.replace(record)
+        unfinished = record.with_suffix(".partial")
+        unfinished.write_text(json.dumps(made_with, indent=2) + "\n")
+        unfinished.replace(record)
 
 
 def write_phantom(

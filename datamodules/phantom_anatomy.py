@@ -11,9 +11,8 @@ ships T1, grey and white matter at 1 mm. The template's notice:
     without express or implied warranty. The authors are not responsible for any data loss, equipment damage, property
     loss, or injury to subjects or patients resulting from the use or misuse of this software package.
 
-The template is an average of 152 people, so its cortex is the same in all and blurred. Every patient therefore gets an
+The template is an average of 152 people, so its cortex is blurred and the same in all. Every patient therefore gets an
 affine map, a smooth random deformation, ventricles of another size, and sulci of its own; tumours push all this aside.
-
 Smooth fields live on a grid of control points (cubic B-splines) over the brain box and are evaluated on the voxels
 without BLAS, so that the bytes of a patient do not depend on the number of threads.
 """
@@ -44,8 +43,8 @@ class Template:
     """The parts of the template that are deformed; arrays in template voxels of 1 mm.
 
     Attributes:
-        grey: Fraction of grey matter, (X, Y, Z) in [0, 1].
-        white: Fraction of white matter, (X, Y, Z) in [0, 1].
+        grey: Fraction of grey matter.
+        white: Fraction of white matter.
         depth_mm: Distance to the brain's surface, positive inside, every second voxel.
         origin: Template voxel of the point (0, 0, 0) of MNI space.
     """
@@ -62,8 +61,8 @@ class Grid:
 
     Attributes:
         spacing_mm: Edge of a voxel.
-        shape: Voxels of the whole field of view.
-        box: Where the brain box lies in it.
+        shape: Of the whole field of view.
+        box: Where the brain lies in it.
     """
 
     spacing_mm: float
@@ -79,6 +78,17 @@ class Grid:
             for (low, high), n in zip(BOX_MM, (x, y, z), strict=True)
         )
         return cls(spacing_mm, (x, y, z), (bx, by, bz))
+
+    def around(self, region: npt.NDArray[np.bool_]) -> "Grid":
+        """The same voxels with the box cut down to a region that is given at the control points."""
+        box = []
+        for axis in range(3):
+            others = tuple(k for k in range(3) if k != axis)
+            inside = np.flatnonzero(region.any(axis=others))
+            low, high = (BOX_MM[axis][0] + (int(end) - 1) * KNOT_MM for end in (inside[0] - 1, inside[-1] + 1))
+            kept = np.flatnonzero((self.centres_mm(axis) >= low) & (self.centres_mm(axis) <= high))
+            box.append(slice(self.box[axis].start + int(kept[0]), self.box[axis].start + int(kept[-1]) + 1))
+        return Grid(self.spacing_mm, self.shape, (box[0], box[1], box[2]))
 
     def centres_mm(self, axis: int) -> npt.NDArray[np.float64]:
         """Centres of the box' voxels along an axis."""
@@ -239,7 +249,7 @@ def individual_map(rng: np.random.Generator, template: Template) -> list[Volume]
             for row, by in zip(matrix.astype(np.float32), shift.astype(np.float32), strict=True)
         ]
 
-    depth = tissue_at(template, affine(position))[2]
+    depth = depth_at(template, affine(position))
     inside = np.clip(depth / 18, 0.15, 1)  # skulls are smoother than what they hold
     for sigma_mm, amplitude_mm, weight in (
         (32.0, 4.0, np.maximum(inside, 0.5)),
@@ -258,11 +268,15 @@ def individual_map(rng: np.random.Generator, template: Template) -> list[Volume]
     return [np.asarray(m - weight * o, dtype=np.float32) for m, o in zip(mni, offset, strict=True)]
 
 
-def tissue_at(template: Template, mni: list[Volume]) -> tuple[Volume, Volume, Volume]:
-    """Grey matter, white matter and depth of the template at MNI coordinates."""
+def depth_at(template: Template, mni: list[Volume]) -> Volume:
+    """Distance to the brain's surface at MNI coordinates, in mm of the template, positive inside."""
+    return sample(template.depth_mm, [(m + np.float32(o)) / 2 for m, o in zip(mni, template.origin, strict=True)])
+
+
+def tissue_at(template: Template, mni: list[Volume]) -> tuple[Volume, Volume]:
+    """Grey and white matter of the template at MNI coordinates."""
     voxel = [m + np.float32(o) for m, o in zip(mni, template.origin, strict=True)]
-    depth = sample(template.depth_mm, [v / 2 for v in voxel])
-    return sample(template.grey, voxel), sample(template.white, voxel), depth
+    return sample(template.grey, voxel), sample(template.white, voxel)
 
 
 def cerebrum(mni: list[Volume]) -> Volume:
@@ -336,13 +350,13 @@ def individual(rng: np.random.Generator, lesions: Sequence[Lesion]) -> Individua
     """Deform the template into one person and make room for the tumours, wherever they find a place."""
     template = load_template()
     mni = individual_map(rng, template)
-    _, white, depth = tissue_at(template, mni)
+    white, depth = tissue_at(template, mni)[1], depth_at(template, mni)
     centres: list[Point] = []
     for lesion in lesions:
         centres.append(place(rng, mni, white, depth, lesion, centres))
         mni = displaced(mni, depth, centres[-1], lesion)
-    grey, white, depth = tissue_at(template, mni)
-    return Individual(mni, grey, white, depth, centres)
+    grey, white = tissue_at(template, mni)
+    return Individual(mni, grey, white, depth_at(template, mni), centres)
 
 
 def voxelized(rng: np.random.Generator, person: Individual, sulcal_width_mm: float, grid: Grid) -> Anatomy:
@@ -360,13 +374,13 @@ def voxelized(rng: np.random.Generator, person: Individual, sulcal_width_mm: flo
     fine /= fine.std()
     mid = evaluate(smooth_noise(rng, knots(), 1.2), grid)
     mni = [evaluate(m, grid) for m in person.mni_mm]
-    depth = sample(template.depth_mm, [(m + np.float32(o)) / 2 for m, o in zip(mni, template.origin, strict=True)])
+    depth = depth_at(template, mni)
     mask = brain_mask(depth - 0.3 * mid - 0.2 * fine, grid)
 
     # What costs time is done near the brain only, a third of the box.
     near = depth > -5
-    voxel = [m[near] + np.float32(o) for m, o in zip(mni, template.origin, strict=True)]
-    grey, white = sharpened(sample(template.grey, voxel), sample(template.white, voxel))
+    x, y, z = (m[near] for m in mni)
+    grey, white = sharpened(*tissue_at(template, [x, y, z]))
     d, rough = depth[near], mid[near]
     distance = np.abs(evaluate(wall, grid)[near])
     below = evaluate(reach, grid)[near] - d  # mm from here to the floor of the nearest sulcus, if it reached so deep
@@ -375,8 +389,8 @@ def voxelized(rng: np.random.Generator, person: Individual, sulcal_width_mm: flo
     fluid = sigmoid((width + 0.25 * rough - distance) / 0.3) * sigmoid(below / 0.8) * where
     cortex = sigmoid((width + 2.6 + 0.4 * rough - distance) / 0.5) * sigmoid((below + 2.6) / 0.8) * where
     # Folia of the cerebellum: thin leaves, wider apart than the template's average shows.
-    leaf = np.sin((0.5 * voxel[1] + voxel[2]) * np.float32(2 * np.pi / 5.5) + 1.6 * rough)
-    folia = (1 - where) * sigmoid((9 - d) / 2) * (np.abs(voxel[0] - np.float32(template.origin[0])) > 8)
+    leaf = np.sin((0.5 * y + z) * np.float32(2 * np.pi / 5.5) + 1.6 * rough)
+    folia = (1 - where) * sigmoid((9 - d) / 2) * (np.abs(x) > 8)
     fluid = np.maximum(fluid, 0.45 * sigmoid((leaf - 0.75) / 0.1) * folia)
     white = np.maximum(white, 0.55 * sigmoid((-leaf - 0.6) / 0.1) * folia * sigmoid((d - 3) / 0.8)) * (1 - cortex)
     grey = np.maximum(grey, cortex * np.clip(1.3 * (grey + white + cortex), 0, 1)) * (1 - fluid)

@@ -107,6 +107,10 @@ class StyleGAN2(AdversarialGenerator):
         """Per-layer noise images of the samples at these positions: list of (N, 1, H, W)."""
         return split_noise(self.generator, self.seed, position * 8 + draw)
 
+    def path_direction(self, position: Tensor, shape: Sequence[int]) -> Tensor:
+        """Unit-variance noise in image space that the Jacobian is projected on: (N, *shape)."""
+        return random_normal(self.seed, Stream.PATH_LENGTH, position, shape)
+
     def mixed_styles(self, position: Tensor, draw: int) -> Tensor:
         """Mapped latents, some with another sample's styles from a random layer on: (N, num_ws, w_dim)."""
         ws: Tensor = self.generator.mapping(self.latents(position, draw))
@@ -134,8 +138,7 @@ class StyleGAN2(AdversarialGenerator):
         position = position[: max(1, len(position) // self.path_length_batch_shrink)]
         ws = self.mixed_styles(position, 1)
         images = self.generator.synthesis(ws, noise=self.noise(position, 1))
-        direction = random_normal(self.seed, Stream.PATH_LENGTH, position, images.shape[1:])
-        lengths = path_lengths(images, ws, direction)
+        lengths = path_lengths(images, ws, self.path_direction(position, images.shape[1:]))
         mean = self.path_length_mean.lerp(self.mean_over_ranks(lengths), self.path_length_decay)
         self.path_length_mean.copy_(mean.detach())
         penalty = (lengths - mean).square()

@@ -23,7 +23,9 @@ def files_with(config, *arrays):
 
 def pytest_generate_tests(metafunc):
     if "volumes_file" in metafunc.fixturenames:
-        metafunc.parametrize("volumes_file", files_with(metafunc.config, "meta", "ref_00", "pred_00", "dice_nan"), ids=str)
+        metafunc.parametrize(
+            "volumes_file", files_with(metafunc.config, "meta", "ref_00", "pred_00", "dice_nan"), ids=str
+        )
     if "statistics_file" in metafunc.fixturenames:
         metafunc.parametrize("statistics_file", files_with(metafunc.config, "stat_a", "stat_b"), ids=str)
 
@@ -52,7 +54,9 @@ def test_counts_and_dice_of_every_case_equal_the_reference(volumes_file):
     np.testing.assert_array_equal(tp + fn, z["n_ref"])
     np.testing.assert_allclose(dice_from_counts(counts, "nan").numpy(), z["dice_nan"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(dice_from_counts(counts, "one").numpy(), z["dice_one"], rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(counts[:, meta["entities"].index("ET")], case_counts(z)[:, list(ENTITIES).index("ET")])
+    np.testing.assert_array_equal(
+        counts[:, meta["entities"].index("ET")], case_counts(z)[:, list(ENTITIES).index("ET")]
+    )
 
 
 def test_means_and_pooled_dice_over_the_cases_equal_the_reference(volumes_file):
