@@ -68,8 +68,8 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
     Args:
         images: g(w), (N, C, H, W), computed from `ws`.
         ws: (N, num_ws, w_dim), with `requires_grad`.
-        noise: y, unit-variance noise of the shape of the images; it is divided by sqrt(H W) here, so that the lengths do
-            not depend on the resolution (appendix B).
+        noise: y, unit-variance noise of the shape of the images; divided by sqrt(H W) here, so that the lengths do not
+            depend on the resolution (appendix B).
 
     Returns:
         ||J_w^T y||, the root mean square over layers of the norm over w_dim, (N,), differentiable.

@@ -63,12 +63,12 @@ def to_png(figure: Figure) -> bytes:
 
 def picture_pairs(rows: Sequence[PictureRow], left_title: str, right_title: str) -> Figure:
     """Show rows of two slices, each as T1, T1ce, T2, FLAIR and FLAIR with the label in colour, on black."""
-    blocks = [
-        _mosaic([panels(row.left) for row in rows]),
-        _mosaic([panels(row.right if row.right is not None else np.zeros_like(row.left)) for row in rows]),
-    ]
+    pairs = [(row.left, row.right if row.right is not None else np.zeros_like(row.left)) for row in rows]
+    window = _heads(np.stack([one for pair in pairs for one in pair]))
+    blocks = [_mosaic([panels(pair[side][window]) for pair in pairs]) for side in range(2)]
     height, width, _ = blocks[0].shape
-    block_in, text_in, gap_in, top_in, bottom_in = 5.4, 1.1, 0.2, 0.55, 0.4
+    text_in = 1.1 if any(row.text for row in rows) else 0.1
+    block_in, gap_in, top_in, bottom_in = (12.0 - text_in) / 2, 0.2, 0.55, 0.4
     block_height_in = block_in * height / width
     total = (text_in + 2 * block_in + gap_in, top_in + block_height_in + bottom_in)
     figure = Figure(figsize=total, facecolor=PICTURE.background)
@@ -136,7 +136,10 @@ def correlation_densities(
         if number == 0:
             axes.set_xlabel("largest Pearson correlation with any training slice")
             axes.set_ylabel("density")
-            axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink, loc="upper left")
+            figure.legend(
+                *axes.get_legend_handles_labels(), loc="outside upper left", ncol=3, frameon=False, fontsize=9,
+                labelcolor=theme.ink,
+            )  # fmt: skip
     return figure
 
 
@@ -219,6 +222,15 @@ def class_bars(classes: pd.DataFrame, theme: Theme) -> Figure:
         _groups(axes, groups, theme)
     _legend(figure, sets, 0, theme)
     return figure
+
+
+def _heads(slices: Slices) -> tuple[slice, ...]:
+    """The window (all channels, rows, columns) outside of which every slice (N, 5, H, W) is dark."""
+    bright = np.nonzero(slices[:, :4] > 24)
+    if not bright[0].size:
+        return (slice(None),)
+    rows, columns = (slice(max(0, int(axis.min()) - 2), int(axis.max()) + 3) for axis in bright[2:])
+    return slice(None), rows, columns
 
 
 def _mosaic(rows: Sequence[Sequence[npt.NDArray[np.uint8]]]) -> npt.NDArray[np.uint8]:

@@ -37,7 +37,7 @@ from study.results import (
 )
 
 TITLE = "May the synthetic slices stand in for the real ones?"
-SHOWN_ENTITIES = ("core", "oedema", "enhancing", "TC", "WT", CLASS_MEAN)
+SHOWN_ENTITIES = ("core", "oedema", "enhancing", "WT", "TC", CLASS_MEAN)
 """Rows and groups of the page; ET equals enhancing and is in the CSV tables only."""
 EXAMPLES = 5
 NEAREST_SYNTHETIC = 4
@@ -56,7 +56,9 @@ class Picture:
     dark: str | None
 
 
-def report(out: Path, real: Path, generators: list[Path], segmenters: list[Path], title: str = TITLE) -> None:
+def report(
+    out: Path, real: Path, generators: tuple[Path, ...] = (), segmenters: tuple[Path, ...] = (), title: str = TITLE
+) -> None:
     """Write the report of a study to a folder and show its main table.
 
     Args:
@@ -118,7 +120,7 @@ def write_report(
         entities=SHOWN_ENTITIES,
         usefulness=usefulness_sentences(study, tables),
         safety=[safety_sentence(row) for row in _rows(tables["memorization"], image=ALL_MODALITIES)],
-        warnings=warnings(study, tables),
+        warnings=warnings(study, tables["memorization"]),
         manifest=study.real.manifest,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -177,10 +179,10 @@ def usefulness_sentences(study: Study, tables: Tables) -> list[str]:
             "synthetic": f"Trained only on the synthetic slices of {source}",
             "real + synthetic": f"Trained on real slices and those of {source} together",
         }[segmenter.kind]
+        share = percent_interval(row["ratio"], row["ci_low"], row["ci_high"], long=True)
         sentences.append(
-            f"{how}, the segmenter reaches {percent_interval(row['ratio'], row['ci_low'], row['ci_high'], long=True)} of "
-            f"the Dice of training on real slices ({number(own)} against {number(reference)}; mean of the three classes, "
-            f"{len(study.patients)} unseen patients)."
+            f"{how}, the segmenter reaches {share} of the Dice of training on real slices ({number(own)} against "
+            f"{number(reference)}; mean of the three classes, {len(study.patients)} unseen patients)."
         )
     return sentences or ["No segmenter was trained on synthetic slices."]
 
@@ -191,43 +193,48 @@ def safety_sentence(row: dict[str, Any]) -> str:
     if not row["slices"] or np.isnan(row.get("median", np.nan)):
         return f"The slices of {name} are constant images or none could be compared: memorization is undefined."
     expected = 1 - NULL_QUANTILE
+    slices = f"synthetic slices of {name}"
     if np.isnan(row["ci_low"]):
+        few = row["held_out_patients"]
         verdict = (
-            f"cannot be told from so few held-out patients ({row['held_out_patients']}) to be nearer than those to"
+            f"With {few} held-out patient{'s' * (few != 1)} it cannot be said whether the {slices} are nearer to the "
+            "training slices than unseen patients are"
         )
     elif row["ci_low"] > expected:
-        verdict = "are nearer than unseen patients to"
+        verdict = f"The {slices} are nearer to the training slices than unseen patients are"
     elif row["ci_high"] < expected:
-        verdict = "are less near than unseen patients to"
+        verdict = f"The {slices} are less near to the training slices than unseen patients are"
     else:
-        verdict = "are not measurably nearer than unseen patients to"
+        verdict = f"The {slices} are not measurably nearer to the training slices than unseen patients are"
     share = percent_interval(row["share_above_q95"], row["ci_low"], row["ci_high"], long=True)
     beyond = round(row["share_above_max"] * row["slices"])
     worst = (
-        f"{beyond} of {row['slices']} are nearer than every held-out slice: look at these pairs below."
+        f"{beyond} of {row['slices']} are nearer than every held-out slice: look at the nearest pairs below."
         if beyond
         else "None is nearer than the nearest held-out slice."
     )
     return (
-        f"The synthetic slices of {name} {verdict} the training slices: largest correlation {number(row['median'])} "
-        f"(median) against {number(row['median_held_out'])} for held-out patients; {share} of them lie above the "
-        f"held-out 95th percentile, where chance puts 5 %. {worst}"
+        f"{verdict}: largest correlation {number(row['median'])} (median) against {number(row['median_held_out'])} for "
+        f"held-out patients; {share} of them lie above the held-out 95th percentile, where chance puts 5\u00a0%. "
+        f"{worst}"
     )
 
 
-def warnings(study: Study, tables: Tables) -> list[str]:
-    """What a reader must know before believing the numbers."""
+def warnings(study: Study, memorization: pd.DataFrame) -> list[str]:
+    """What a reader must know before believing the numbers; `memorization` is the table of that name."""
     found = []
-    runs = [one.run for one in (*study.generators, *study.segmenters)]
+    runs = [one.run for one in study.runs]
     n = len(study.patients)
     if study.segmenters and n < FEW_PATIENTS:
         found.append(
             f"Only {n} test patients (fewer than {FEW_PATIENTS}): intervals are wide and, from a bootstrap of so few, "
             "rather too narrow than too wide. Read them as a rough guide."
         )
-    few = sorted({int(row["held_out_patients"]) for row in _rows(tables["memorization"], image=ALL_MODALITIES)})
+    few = sorted({int(row["held_out_patients"]) for row in _rows(memorization, image=ALL_MODALITIES)})
     if few and few[0] < FEW_PATIENTS:
-        found.append(f"The null of the memorization check comes from only {few[0]} held-out patients.")
+        found.append(
+            f"The null of the memorization check comes from only {few[0]} held-out patient{'s' * (few[0] != 1)}."
+        )
     commits = sorted({str(run["git_commit"])[:8] for run in runs})
     if len(commits) > 1:
         found.append(f"The runs come from different versions of the program (commits {', '.join(commits)}).")
@@ -242,6 +249,9 @@ def warnings(study: Study, tables: Tables) -> list[str]:
             f"{len(leaked)} test patients are in the training split of {study.real.root}: {', '.join(leaked[:5])}. "
             "Their Dice is not that of unseen patients."
         )
+    unknown = [patient for patient in study.patients if patient not in split_of]
+    if unknown:
+        found.append(f"{len(unknown)} test patients are not in {study.real.root}: {', '.join(unknown[:5])}.")
     seen = {str(p) for g in study.generators for p in g.synthetic.manifest.content.get("patients_seen", [])}
     seen &= set(study.patients)
     if seen:
@@ -252,7 +262,7 @@ def warnings(study: Study, tables: Tables) -> list[str]:
 def _foreign_data(study: Study) -> Iterator[str]:
     known = {study.real.manifest.fingerprint: "real"}
     known |= {g.synthetic.manifest.fingerprint: g.name for g in study.generators}
-    for one in (*study.generators, *study.segmenters):
+    for one in study.runs:
         for part in one.run["training_sets"]:
             if part["fingerprint"] not in known:
                 whose = "the real set" if part["kind"] == "real" else "any generator"
@@ -271,7 +281,7 @@ def _pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
         dice = {segmenter.arm: segmenter.dice for segmenter in study.segmenters}
         charts.append((
             "dice_per_patient",
-            "Dice per patient: every point is a patient; box: quartiles and median; whiskers: 1.5 interquartile ranges.",
+            "Dice per patient: every point is a patient. Box: quartiles and median; whiskers: 1.5 box lengths.",
             functools.partial(figures.dice_boxes, dice, entities),
         ))  # fmt: skip
     if len(tables["ratio_to_real"]):
@@ -304,8 +314,8 @@ def _pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
         figure = figures.picture_pairs(rows, "Real (training split)", f"Synthetic ({generator.name})")
         yield _save(folder, f"examples-{generator.name}", caption, figures.to_png(figure))
         caption = (
-            f"The synthetic slices of {generator.name} with the largest correlation r, each beside its nearest training "
-            "slice; below, for comparison, the held-out slices with the largest r."
+            f"The synthetic slices of {generator.name} with the largest correlation r, each beside its nearest "
+            "training slice; below, for comparison, the held-out slices with the largest r."
         )
         figure = figures.picture_pairs(_nearest(generator), "Synthetic or held-out", "Nearest training slice")
         yield _save(folder, f"nearest-{generator.name}", caption, figures.to_png(figure))
@@ -348,7 +358,7 @@ def number(value: float, digits: int = 3) -> str:
 
 def percent(value: float) -> str:
     """Format a share; NaN is a dash."""
-    return "–" if pd.isna(value) else f"{100 * value:.1f} %"
+    return "–" if pd.isna(value) else f"{100 * value:.1f}\u00a0%"
 
 
 def interval(value: float, low: float, high: float) -> str:
@@ -360,5 +370,9 @@ def percent_interval(value: float, low: float, high: float, long: bool = False) 
     """Format 87.1 % (80–93), or with `long` 87.1 % (95 % interval 80 to 93 %)."""
     if pd.isna(value) or pd.isna(low):
         return percent(value)
-    inside = f"95 % interval {100 * low:.0f} to {100 * high:.0f} %" if long else f"{100 * low:.0f}–{100 * high:.0f}"
+    inside = (
+        f"95\u00a0% interval {100 * low:.0f} to {100 * high:.0f}\u00a0%"
+        if long
+        else f"{100 * low:.0f}–{100 * high:.0f}"
+    )
     return f"{percent(value)} ({inside})"

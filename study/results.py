@@ -24,6 +24,17 @@ ALL_MODALITIES = "all four"
 R_COLUMNS = {ALL_MODALITIES: "r", **{name: f"r_{name}" for name in MODALITIES}}
 FEW_PATIENTS = 20
 NULL_QUANTILE = 0.95
+DICE_COLUMNS = (
+    "arm", "run", "entity", "patients", "valid", "dice", "ci_low", "ci_high", "median", "sd", "dice_empty_one",
+)  # fmt: skip
+RATIO_COLUMNS = (
+    "arm", "baseline", "entity", "pairs", "dropped", "ratio", "ci_low", "ci_high", "ratio_empty_one", "p_wilcoxon",
+    "p_holm",
+)  # fmt: skip
+MEMORIZATION_NUMBERS = (
+    "slices", "held_out_slices", "median", "median_held_out", "q95", "q95_held_out", "max", "max_held_out",
+    "share_above_q95", "ci_low", "ci_high", "share_above_q99", "share_above_max", "smallest_p",
+)  # fmt: skip
 
 ArmKind = Literal["real", "synthetic", "real + synthetic"]
 ARM_KINDS: tuple[ArmKind, ...] = ("real", "synthetic", "real + synthetic")
@@ -69,6 +80,11 @@ class Study:
     segmenters: Sequence[Segmenter]
 
     @property
+    def runs(self) -> list[Generator | Segmenter]:
+        """All runs, generators first."""
+        return [*self.generators, *self.segmenters]
+
+    @property
     def patients(self) -> list[str]:
         """The patients the segmenters were tested on."""
         return list(self.segmenters[0].dice.index) if self.segmenters else []
@@ -105,7 +121,14 @@ def read_study(real: Path, generators: Sequence[Path], segmenters: Sequence[Path
         raise ValueError("The report lacks files:\n  " + "\n  ".join(missing))
     real_set = SliceSet(real)
     read = [_read_generator(folder, real_set) for folder in generators]
-    return Study(real_set, read, _read_segmenters(segmenters, read))
+    study = Study(real_set, read, _read_segmenters(segmenters, read))
+    names = [run.name for run in study.runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Expected runs of different names, but several are called {', '.join(twice)}: rename folders."
+        )
+    return study
 
 
 def _command(folder: Path) -> str:
@@ -240,23 +263,12 @@ def dice_table(study: Study) -> pd.DataFrame:
     for segmenter in study.segmenters:
         for entity in (*ENTITIES, CLASS_MEAN):
             values = segmenter.dice[entity]
-            interval = bootstrap_mean(values.to_numpy())
+            mean = bootstrap_mean(values.to_numpy())
             rows.append(
-                {
-                    "arm": segmenter.arm,
-                    "run": segmenter.name,
-                    "entity": entity,
-                    "patients": len(values),
-                    "valid": interval.n,
-                    "dice": interval.estimate,
-                    "ci_low": interval.low,
-                    "ci_high": interval.high,
-                    "median": values.median(),
-                    "sd": values.std(),
-                    "dice_empty_one": segmenter.dice_empty_one[entity].mean(),
-                }
-            )
-    return pd.DataFrame(rows)
+                (segmenter.arm, segmenter.name, entity, len(values), mean.n, mean.estimate, mean.low, mean.high,
+                 values.median(), values.std(), segmenter.dice_empty_one[entity].mean())
+            )  # fmt: skip
+    return pd.DataFrame(rows, columns=list(DICE_COLUMNS))
 
 
 def ratio_table(study: Study) -> pd.DataFrame:
@@ -272,22 +284,11 @@ def ratio_table(study: Study) -> pd.DataFrame:
             interval, test = bootstrap_ratio(a, b), paired_wilcoxon(a, b)
             one = bootstrap_ratio(real.dice_empty_one[entity], segmenter.dice_empty_one[entity], n_resamples=1)
             rows.append(
-                {
-                    "arm": segmenter.arm,
-                    "baseline": real.arm,
-                    "entity": entity,
-                    "pairs": interval.n,
-                    "dropped": interval.dropped,
-                    "ratio": interval.estimate,
-                    "ci_low": interval.low,
-                    "ci_high": interval.high,
-                    "ratio_empty_one": one.estimate,
-                    "p_wilcoxon": test.p,
-                }
-            )
-    table = pd.DataFrame(rows, columns=[*rows[0]] if rows else ["arm", "baseline", "entity"])
+                (segmenter.arm, real.arm, entity, interval.n, interval.dropped, interval.estimate, interval.low,
+                 interval.high, one.estimate, test.p, np.nan)
+            )  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(RATIO_COLUMNS))
     if rows:
-        table["p_holm"] = np.nan
         primary = table["entity"] == CLASS_MEAN
         for family in (primary, ~primary & (table["entity"] != "ET")):
             table.loc[family, "p_holm"] = holm(table.loc[family, "p_wilcoxon"].to_numpy())
@@ -309,26 +310,13 @@ def memorization_table(study: Study) -> pd.DataFrame:
                 continue
             s = summarize(x, y)
             share = bootstrap_share_above(x, y, patients, quantile=NULL_QUANTILE)
-            rows.append(
-                {
-                    **row,
-                    "slices": s.n,
-                    "held_out_slices": s.n_null,
-                    "median": s.median,
-                    "median_held_out": s.median_null,
-                    "q95": s.q95,
-                    "q95_held_out": s.q95_null,
-                    "max": s.max,
-                    "max_held_out": s.max_null,
-                    "share_above_q95": s.share_above_q95,
-                    "ci_low": share.low,
-                    "ci_high": share.high,
-                    "share_above_q99": s.share_above_q99,
-                    "share_above_max": s.share_above_max,
-                    "smallest_p": float(np.nanmin(s.p_values)),
-                }
-            )
-    return pd.DataFrame(rows)
+            values = (
+                s.n, s.n_null, s.median, s.median_null, s.q95, s.q95_null, s.max, s.max_null,
+                s.share_above_q95, share.low, share.high, s.share_above_q99, s.share_above_max, np.nanmin(s.p_values),
+            )  # fmt: skip
+            rows.append({**row, **dict(zip(MEMORIZATION_NUMBERS, values, strict=True))})
+    columns = ("generator", "image", "held_out_patients", *MEMORIZATION_NUMBERS)
+    return pd.DataFrame(rows, columns=list(columns))
 
 
 def class_table(study: Study) -> pd.DataFrame:
@@ -359,8 +347,7 @@ def class_table(study: Study) -> pd.DataFrame:
 def run_table(study: Study) -> pd.DataFrame:
     """What every run was, from its run.json."""
     rows = []
-    runs: list[Generator | Segmenter] = [*study.generators, *study.segmenters]
-    for one in runs:
+    for one in study.runs:
         run = one.run
         trained_on = [f"{part['slices']} {part['kind']}" for part in run["training_sets"]]
         rows.append(

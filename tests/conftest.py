@@ -1,6 +1,9 @@
 """Options and fixtures that the tests share."""
 
+from pathlib import Path
+
 import pytest
+from fake_slices import write_slice_set
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -9,3 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="check the golden numbers in DIR (searched recursively) instead of the copies in tests/reference",
     )
+
+
+@pytest.fixture(scope="session")
+def slice_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real slice set of 8 fake patients, 16 px."""
+    return write_slice_set(tmp_path_factory.mktemp("data") / "slices")

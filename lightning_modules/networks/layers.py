@@ -1,8 +1,8 @@
 """Layers that the style-based networks share: equalized dense and convolution layers and the mapping network.
 
-Weights are stored with unit variance and multiplied at run time by gain / sqrt(fan-in) (equalized learning rate, Karras et
-al. 2018, ICLR, arXiv 1710.10196, section 4.1). Mapping network and truncation: Karras et al. 2019 (StyleGAN, CVPR, arXiv
-1812.04948), section 2 and appendix B. Parameters and buffers have the names of the published checkpoints.
+Weights are stored with unit variance and multiplied at run time by gain / sqrt(fan-in) (equalized learning rate, Karras
+et al. 2018, ICLR, arXiv 1710.10196, section 4.1). Mapping network and truncation: Karras et al. 2019 (StyleGAN, CVPR,
+arXiv 1812.04948), section 2 and appendix B. Parameters and buffers have the names of the published checkpoints.
 """
 
 import math

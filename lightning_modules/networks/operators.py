@@ -200,8 +200,8 @@ def conv2d_resample(
 ) -> Tensor:
     """Convolve, with FIR upsampling before or FIR downsampling after (StyleGAN 2, section 2 and figure 2).
 
-    Both filters commute with the convolution, which therefore always runs at the lower resolution: upsampling is a strided
-    transposed convolution followed by the filter, downsampling the filter followed by a strided convolution.
+    Both filters commute with the convolution, which therefore always runs at the lower resolution: upsampling is a
+    strided transposed convolution and then the filter, downsampling the filter and then a strided convolution.
 
     Args:
         x: Images (N, C_in, H, W).

@@ -1,8 +1,8 @@
 """StyleGAN 2: mapping network, 'skip' generator and 'resnet' discriminator (configuration F).
 
-Karras, Laine, Aittala, Hellsten, Lehtinen, Aila, "Analyzing and improving the image quality of StyleGAN", CVPR 2020, arXiv
-1912.04958; the mapping network and truncation from StyleGAN (CVPR 2019, arXiv 1812.04948); channel counts and clamping from
-ADA (NeurIPS 2020, arXiv 2006.06676). Parameters and buffers have the names of the published checkpoints.
+Karras, Laine, Aittala, Hellsten, Lehtinen, Aila, "Analyzing and improving the image quality of StyleGAN", CVPR 2020,
+arXiv 1912.04958; the mapping network and truncation from StyleGAN (CVPR 2019, arXiv 1812.04948); channel counts and
+clamping from ADA (NeurIPS 2020, arXiv 2006.06676). Parameters and buffers have the names of the published checkpoints.
 
 Images are float in about [-1, 1], (N, C, H, W). Nothing is random in a forward pass: noise images are arguments.
 """
@@ -184,7 +184,7 @@ class SynthesisBlock(Resampling):
 
 
 class SynthesisNetwork(nn.Module):
-    """ws -> image: blocks b4, b8, ... up to img_resolution, with min(channel_base / resolution, channel_max) channels."""
+    """ws -> image: blocks b4, b8, ... to img_resolution, with min(channel_base / resolution, channel_max) channels."""
 
     def __init__(
         self,

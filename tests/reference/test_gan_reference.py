@@ -1,9 +1,9 @@
 """The GAN networks, operators and losses equal the published implementations number for number.
 
-Every `*.safetensors` of a folder (default: gan/ beside this file; another one with `--reference-dir DIR`) is compared, one
-test per file and quantity. What a file is follows from its metadata (header key `meta`), never from its name; README.md in
-gan/ describes the format. A comparison family is one function from (meta, tensors) to {key of the file: our value};
-`FAMILIES` lists them.
+Every `*.safetensors` of a folder (default: gan/ beside this file; another one with `--reference-dir DIR`) is compared,
+one test per file and quantity. What a file is follows from its metadata (header key `meta`), never from its name;
+README.md in gan/ describes the format. A comparison family is a function from (meta, tensors) to {key of the file: our
+value}; `FAMILIES` lists them.
 """
 
 import functools
@@ -52,8 +52,8 @@ def op_upfirdn2d(meta: Meta, ref: Tensors) -> Tensors:
 def op_bias_act(meta: Meta, ref: Tensors) -> Tensors:
     ours: Tensors = {}
     for key, case in table(meta):
-        inputs = [ref[f"{key}/{name}"].requires_grad_() for name in ("x", "b") if f"{key}/{name}" in ref]
-        y = operators.bias_act(*inputs, **case["kw"])
+        inputs = [ref[f"{key}/{name}"].requires_grad_() for name in "xb" if f"{key}/{name}" in ref]
+        y = operators.bias_act(inputs[0], inputs[1] if len(inputs) == 2 else None, **case["kw"])
         first = torch.autograd.grad((y * ref[f"{key}/r"]).sum(), inputs, create_graph=True)
         ours[f"{key}/y"] = y
         ours |= {f"{key}/d{name}": g for name, g in zip("xb", first, strict=False)}
@@ -66,7 +66,8 @@ def op_convolutions(meta: Meta, ref: Tensors) -> Tensors:
     ours: Tensors = {}
     for key, case in table(meta):
         kw = dict(case["kw"])
-        taps = case.get("taps", (1, 3, 3, 1) if kw.get("up", 1) > 1 else None)  # modulated cases do not name the usual one
+        usual = (1, 3, 3, 1) if kw.get("up", 1) > 1 else None  # modulated cases do not name it
+        taps = case.get("taps", usual)
         f = ref.get(f"{key}/f", None if taps is None else operators.setup_filter(taps))
         x, w = ref[f"{key}/x"].requires_grad_(), ref[f"{key}/w"].requires_grad_()
         if case["op"] == "conv2d_resample":
@@ -308,7 +309,8 @@ def tolerances(meta: Meta, quantity: str, expected: Tensor) -> tuple[float, floa
 
 def read_meta(path: Path) -> tuple[Meta, list[str]]:
     with safe_open(path, "pt") as f:
-        return json.loads((f.metadata() or {}).get("meta", "{}")), sorted(f.keys())
+        meta: Meta = json.loads((f.metadata() or {}).get("meta", "{}"))
+        return meta, sorted(f.keys())
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,87 @@
+"""A small slice set with round heads and round tumours, and the command lines that train tiny models on it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from datamodules.slice_set import class_pixels, finish_slice_set, save_shard
+
+ROOT = Path(__file__).parent.parent
+SPLITS = {"train": 5, "val": 1, "test": 2}
+
+
+def write_slice_set(root: Path, size_px: int = 16, slices_per_patient: int = 6, shards: int = 2, seed: int = 0) -> Path:
+    """Write a real set of 8 patients; the numbers of slices differ among the patients."""
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    rows, cols = np.mgrid[:size_px, :size_px] - (size_px - 1) / 2
+    brain = np.hypot(rows, cols) < 0.4 * size_px
+    split = [name for name, count in SPLITS.items() for _ in range(count)]
+    index, slices = [], []
+    for patient, name in enumerate(split):
+        for z in range(slices_per_patient + patient % 3):
+            centre, radius = rng.uniform(-0.15, 0.15, 2) * size_px, rng.uniform(0.08, 0.2) * size_px
+            distance = np.hypot(rows - centre[0], cols - centre[1])
+            label = ((distance < 1.6 * radius) * 2).astype(np.uint8)
+            label[distance < radius] = 3
+            label[distance < 0.5 * radius] = 1
+            label *= brain
+            grey = [90 + 30 * patient % 40 + 60 * (label == k) + rng.normal(0, 8, brain.shape) for k in (1, 3, 2, 2)]
+            slices.append(np.stack([*(np.clip(g, 1, 255) * brain for g in grey), label]).astype(np.uint8))
+            index.append({"patient": f"P{patient}", "volume": f"P{patient}", "z": z, "split": name})
+    everything = np.stack(slices)
+    for number, part in enumerate(np.array_split(everything, shards)):
+        save_shard(root / f"slices-{number:05d}.npy", part)
+    table = pd.concat([pd.DataFrame(index), class_pixels(everything[:, 4])], axis=1)
+    finish_slice_set(root, table, {"kind": "real", "spacing_mm": 1.0})
+    return root
+
+
+def stylegan2_args(run_dir: Path, slices: Path) -> list[str]:
+    """A StyleGAN 2 of 16 px that sees 48 images; every phase is due in the first iteration."""
+    network = {"img_resolution": 16, "channel_base": 128, "channel_max": 12}
+    words = [f"--model.{net}.init_args.{k}={v}" for net in ("generator", "discriminator") for k, v in network.items()]
+    return [
+        "--config=configs/laptop/stylegan2.yaml",
+        f"--run_dir={run_dir}",
+        f"--data.root={slices}",
+        *words,
+        "--model.path_length_weight=2",
+        "--model.r1_interval=2",
+        "--data.batch_size=8",
+        "--data.epoch_images=16",
+        "--trainer.max_epochs=3",
+        "--synthetic_slices=100",
+    ]
+
+
+def unet_args(run_dir: Path, slices: Path) -> list[str]:
+    """A U-Net that sees 48 images."""
+    return [
+        "--config=configs/laptop/unet.yaml",
+        f"--run_dir={run_dir}",
+        f"--data.root={slices}",
+        "--model.network.init_args.filters=[4, 6, 8, 8]",
+        "--data.batch_size=8",
+        "--data.epoch_images=16",
+        "--trainer.max_epochs=3",
+    ]
+
+
+def train(args: list[str], launcher: list[str] | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run train.py as a user does, on one thread, so that results repeat bit for bit."""
+    command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def environment() -> dict[str, str]:
+    """The environment of a training process of the tests."""
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "160"}

@@ -1,0 +1,73 @@
+"""Two processes equal one: the same weights to float precision, and the same synthetic set byte for byte."""
+
+import json
+import shutil
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from fake_slices import stylegan2_args, train, unet_args
+
+
+def state(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_training(one: Path, two: Path, start: dict[str, torch.Tensor], share: float) -> None:
+    """Every tensor ends at the same place, to a share of the way that it went."""
+    ours, theirs = state(one), state(two)
+    assert ours.keys() == theirs.keys() == start.keys()
+    for name, value in ours.items():
+        way = (value - start[name]).float().norm()
+        off = (value - theirs[name]).float().norm()
+        assert off <= share * way + 1e-7, f"{name}: {off:.2e} apart after a way of {way:.2e}"
+
+
+def start_weights(run_dir: Path, args: list[str]) -> dict[str, torch.Tensor]:
+    """The weights before training: a training with learning rate 0."""
+    names = ("--model.generator_lr=0", "--model.discriminator_lr=0") if "stylegan2" in args[0] else ("--model.lr=0",)
+    train([*args, f"--run_dir={run_dir}", *names, "--trainer.max_epochs=1", "--task=fit"])
+    return state(run_dir)
+
+
+def test_stylegan2_with_r1_and_path_length_on_two_processes(slice_set: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train([*stylegan2_args(one, slice_set), "--trainer.max_epochs=1"])
+    train([*stylegan2_args(two, slice_set), "--trainer.max_epochs=1", "--trainer.devices=2", "--task=fit"])
+    start = start_weights(tmp_path / "start", stylegan2_args(one, slice_set))
+    assert_same_training(one, two, start, share=1e-3)
+
+    shutil.copytree(one, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "synthetic")
+    train([*stylegan2_args(tmp_path / "copy", slice_set), "--trainer.devices=2", "--task=predict"])
+    for name in ("synthetic/slices-00000.npy", "synthetic/index.parquet", "memorization.csv"):
+        assert (one / name).read_bytes() == (tmp_path / "copy" / name).read_bytes(), name
+
+
+def test_unet_on_two_nodes_under_torchrun(slice_set: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(unet_args(one, slice_set))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = [
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+         "--master_addr=127.0.0.1", f"--master_port={port}"]
+        for node in (0, 1)
+    ]  # fmt: skip
+    args = [*unet_args(two, slice_set), "--trainer.num_nodes=2"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda launcher: train(args, launcher), launchers))
+    assert_same_training(one, two, start_weights(tmp_path / "start", unet_args(one, slice_set)), share=1e-3)
+    assert (one / "dice_per_patient.csv").read_text() == (two / "dice_per_patient.csv").read_text()
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+
+
+def test_batch_that_cannot_be_divided_is_refused(slice_set: Path, tmp_path: Path) -> None:
+    done = train([*unet_args(tmp_path, slice_set), "--trainer.devices=2", "--data.batch_size=1", "--data.epoch_images=2"], check=False)
+    assert done.returncode != 0
+    assert "batch_size 1 cannot be divided over 2 processes" in done.stderr
+
+
