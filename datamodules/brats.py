@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.samplers import StreamOrder, StreamSampler, VolumeSampler
+from datamodules.samplers import StreamOrder, StreamSampler, volume_batches
 from datamodules.slice_set import SliceSet
 
 Batch = dict[str, Tensor]
@@ -239,8 +239,7 @@ class BraTSDataModule(LightningDataModule):
         rank, world_size = self._ranks()
         return DataLoader(
             SliceDataset([slices]),
-            batch_size=self.eval_batch_size,
-            sampler=VolumeSampler(slices.index, rank, world_size),
+            batch_sampler=volume_batches(slices.index, self.eval_batch_size, rank, world_size),
             collate_fn=_as_is,
             num_workers=self.num_workers,
         )

@@ -61,31 +61,29 @@ class StreamOrder:
         return out
 
 
-class VolumeSampler(Sampler[int]):
-    """Every slice exactly once over all ranks, all slices of a patient on one rank, in order of z.
+def volume_batches(index: pd.DataFrame, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Deal every slice exactly once over all ranks, all slices of a patient to one rank, in order of z.
 
-    Patients are dealt, the largest first, to the rank that has the fewest slices; no rank is padded.
+    Patients are dealt, the largest first, to the rank that has the fewest slices; no rank is padded. A rank without
+    patients gets one empty batch, because Lightning calls no hooks, where the ranks meet, for an empty loader.
 
     Args:
         index: rows of the slice set with the columns patient, volume, z.
+        batch_size: most slices in a batch.
         rank: of this process.
         world_size: number of processes.
+
+    Returns:
+        Positions, batch by batch.
     """
-
-    def __init__(self, index: pd.DataFrame, rank: int = 0, world_size: int = 1) -> None:
-        sizes = index.groupby("patient").size().sort_index().sort_values(ascending=False, kind="stable")
-        load, mine = np.zeros(world_size, np.int64), set()
-        for patient, size in sizes.items():
-            target = int(load.argmin())
-            load[target] += size
-            if target == rank:
-                mine.add(patient)
-        chosen = index.reset_index(drop=True)
-        chosen = chosen[chosen["patient"].isin(mine)].sort_values(["patient", "volume", "z"], kind="stable")
-        self.positions: list[int] = chosen.index.to_list()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.positions)
-
-    def __len__(self) -> int:
-        return len(self.positions)
+    sizes = index.groupby("patient").size().sort_index().sort_values(ascending=False, kind="stable")
+    load, mine = np.zeros(world_size, np.int64), set()
+    for patient, size in sizes.items():
+        target = int(load.argmin())
+        load[target] += size
+        if target == rank:
+            mine.add(patient)
+    chosen = index.reset_index(drop=True)
+    chosen = chosen[chosen["patient"].isin(mine)].sort_values(["patient", "volume", "z"], kind="stable")
+    positions: list[int] = chosen.index.to_list()
+    return [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)] or [[]]

@@ -122,7 +122,9 @@ class SegmentationModule(ImageClockModule):
         return torch.stack(out)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Predict class indices: uint8 (N, H, W)."""
+        """Predict class indices: uint8 (N, H, W); N may be 0."""
+        if not len(batch["slices"]):
+            return batch["slices"][:, 4]
         logits: Tensor = self.network(normalize(batch["slices"][:, :4]))
         return logits.argmax(dim=1).to(torch.uint8)
 

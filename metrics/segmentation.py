@@ -54,7 +54,7 @@ def entity_counts(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"Expected {name} to hold class indices of an integer type, but got {labels.dtype}.")
     n = prediction.shape[0]
-    p, t = prediction.reshape(n, -1).long(), target.reshape(n, -1).long()  # (N, pixels)
+    p, t = prediction.flatten(1).long(), target.flatten(1).long()  # (N, pixels)
     if bool(((p | t) & ~(N_CLASSES - 1)).any()):
         raise ValueError(
             f"Expected class indices 0..{N_CLASSES - 1}, but prediction spans {int(p.min())}..{int(p.max())} and "

@@ -57,7 +57,11 @@ class Picture:
 
 
 def report(
-    out: Path, real: Path, generators: tuple[Path, ...] = (), segmenters: tuple[Path, ...] = (), title: str = TITLE
+    out: Path,
+    real: Path = Path("data/slices"),
+    generators: tuple[Path, ...] = (),
+    segmenters: tuple[Path, ...] = (),
+    title: str = TITLE,
 ) -> None:
     """Write the report of a study to a folder and show its main table.
 
