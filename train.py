@@ -24,7 +24,7 @@ Task = Literal["fit", "validate", "test", "predict"]
 class StandInCLI(LightningCLI):
     """LightningCLI with the options that are neither model, data nor trainer."""
 
-    def add_arguments_to_parser(self, parser: ArgumentParser) -> None:  # type: ignore[override]
+    def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
         """Add the options of a run; configs pass them on by `${...}`."""
         parser.add_argument("--run_dir", type=str, help="Folder of everything that this run writes.")
         parser.add_argument("--synthetic_slices", type=int, default=10_000, help="How many slices a generator emits.")
@@ -54,7 +54,7 @@ def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         return
     best = readable_checkpoint(checkpoints, ("best.ckpt",)) or readable_checkpoint(checkpoints)
     if best is None:
-        raise ValueError(f"Expected a checkpoint in {checkpoints}, but there is none. Train first, with the same command.")
+        raise ValueError(f"Expected a checkpoint in {checkpoints}, but there is none. Train first: leave out --task.")
     if task == "validate":
         trainer.validate(model, datamodule=data, ckpt_path=best)
     elif task == "test" or (task is None and is_overridden("test_step", model)):

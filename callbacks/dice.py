@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.image_grid import show
-from lightning_modules.base import log_epoch
 from datamodules.pictures import overlay, tile
 from datamodules.slice_set import SliceSet, to_display, write_atomically
-from metrics.segmentation import COUNTS, ENTITIES, PatientDice, dice_from_counts, mean_over_patients
+from lightning_modules.base import log_epoch
+from metrics.segmentation import COUNTS, ENTITIES, PatientDice, mean_over_patients
 
 Stage = Literal["val", "test"]
 
@@ -22,8 +22,8 @@ class Dice(Callback):
     """Dice of the classes (core, oedema, enhancing) and regions (WT, TC, ET) per patient, in 3-D.
 
     The mean goes to the log as `dice/<stage>/<entity>`, and `dice/<stage>` is the mean over the three classes. A class
-    that neither prediction nor reference of a patient holds is left out of the mean ("nan") or counts 1 ("one"). After a
-    test, `dice_per_patient.csv` holds every value with its counts.
+    that neither prediction nor reference of a patient holds is left out of the mean ("nan") or counts 1 ("one"). After
+    a test, `dice_per_patient.csv` holds every value with its counts.
 
     Args:
         empty: the convention for such classes.
@@ -53,7 +53,11 @@ class Dice(Callback):
         """Count; outputs is the predicted class index, uint8 (N, H, W)."""
         self.metric.update(outputs, batch["slices"][:, 4], batch["patient"])
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Count."""
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means."""

@@ -48,7 +48,7 @@ class EMA(Callback):
             halflife = min(halflife, pl_module.images_seen * self.rampup)
         decay = 0.5 ** (images / max(halflife, 1e-8))
         network, average = pl_module.sampled_network, pl_module.start_ema()
-        for target, source in zip(average.parameters(), network.parameters(), strict=True):
-            target.copy_(source.lerp(target, decay))
-        for target, source in zip(average.buffers(), network.buffers(), strict=True):
-            target.copy_(source)
+        for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
+            mean.copy_(parameter.lerp(mean, decay))
+        for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
+            copied.copy_(buffer)

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from callbacks.image_grid import show
 from datamodules.pictures import panels, tile
-from datamodules.slice_set import MODALITIES, SliceSet, Slices, write_atomically
+from datamodules.slice_set import MODALITIES, Slices, SliceSet, write_atomically
 from lightning_modules.base import log_epoch
 from lightning_modules.image_generator import ImageGenerator
 from metrics.memorization import largest_correlation, summarize

@@ -22,8 +22,8 @@ PACKAGES = ("standin", "torch", "lightning", "monai", "torchmetrics", "numpy")
 class RunRecord(Callback):
     """Write `run.json` when a run starts and `metrics.json` when a step of it ends.
 
-    `metrics.json` collects the last logged value of every metric over fit, test and predict. The training time counts on
-    over interruptions.
+    `metrics.json` collects the last logged value of every metric over fit, test and predict. The training time counts
+    on over interruptions.
     """
 
     def __init__(self) -> None:
@@ -108,12 +108,13 @@ class RunRecord(Callback):
 def git_state(folder: Path) -> tuple[str | None, bool]:
     """Give commit and whether files differ from it; (None, False) outside a repository."""
     try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        return run("rev-parse", "HEAD"), bool(run("status", "--porcelain", "--untracked-files=no"))
+        return _git(folder, "rev-parse", "HEAD"), bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, False
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -21,9 +21,9 @@ from lightning_modules.image_generator import ImageGenerator, ImagePlan
 class SyntheticDataset(Callback):
     """Write the images that `predict` makes as a slice set, `<run_dir>/synthetic`.
 
-    Batch k holds the images k * batch_size, ... and is made as a whole by one rank, so the set is the same byte for byte
-    for any number of processes. A finished batch is a file of its own until all are there: an interrupted emission goes
-    on where it stopped. A set of other weights is replaced when the new one is complete.
+    Batch k holds the images k * batch_size, ... and is made as a whole by one rank, so the set is the same byte for
+    byte for any number of processes. A finished batch is a file of its own until all are there: an interrupted emission
+    goes on where it stopped. A set of other weights is replaced when the new one is complete.
 
     Args:
         slices: how many images.

@@ -168,7 +168,8 @@ class BraTSDataModule(LightningDataModule):
         count = round(part.amount * len(slices)) if isinstance(part.amount, float) else part.amount
         if not 0 < count <= len(slices):
             raise ValueError(
-                f"Data: expected amount to choose 1 to {len(slices)} slices of {part.path}, but {part.amount} is {count}."
+                f"Data: expected amount to choose 1 to {len(slices)} slices of {part.path}, "
+                f"but {part.amount} is {count}."
             )
         chosen = np.random.default_rng((self.seed, len(slices))).permutation(len(slices))[:count]
         return slices.subset(np.sort(chosen))

@@ -24,7 +24,9 @@ class StreamSampler(Sampler[int]):
 
     def __init__(self, epoch_images: int, rank: int = 0, world_size: int = 1) -> None:
         if epoch_images % world_size:
-            raise ValueError(f"Expected epoch_images to be a multiple of {world_size} processes, but got {epoch_images}.")
+            raise ValueError(
+                f"Expected epoch_images to be a multiple of {world_size} processes, but got {epoch_images}."
+            )
         self.epoch_images, self.rank, self.world_size, self.epoch = epoch_images, rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -4,7 +4,7 @@ A slice set is a folder:
 
 | file | content |
 |---|---|
-| `slices-00000.npy`, ... | shards, uint8 (N, 5, H, W): T1, T1ce, T2, FLAIR as grey levels 0..255, label as class index 0..3 |
+| `slices-00000.npy`, ... | shards, uint8 (N, 5, H, W): T1, T1ce, T2, FLAIR as grey levels, label as class index |
 | `index.parquet` | one row per slice, in the order of the shards: patient, volume, z, split, pixels of each class |
 | `dataset.json` | kind, channels, classes, size, spacing, provenance and the fingerprint of the content |
 
@@ -94,7 +94,7 @@ def fingerprint(shards: Iterable[Path], index: pd.DataFrame) -> str:
         array = np.load(path, mmap_mode="r")
         step = max(1, (64 << 20) // max(1, array[:1].nbytes))
         for start in range(0, len(array), step):
-            digest.update(np.ascontiguousarray(array[start : start + step]))
+            digest.update(array[start : start + step].tobytes())
     digest.update(index[list(INDEX_COLUMNS)].to_csv(index=False).encode())
     return digest.hexdigest()
 
@@ -216,7 +216,8 @@ class SliceSet:
         """Give the same set restricted to these positions (an index array or a boolean mask)."""
         chosen = object.__new__(SliceSet)
         chosen.manifest, chosen.root, chosen._shards = self.manifest, self.root, self._shards
-        chosen._bind(self.index.iloc[np.flatnonzero(rows) if np.asarray(rows).dtype == bool else rows])
+        rows = np.asarray(rows)
+        chosen._bind(self.index.iloc[np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)])
         return chosen
 
     def __len__(self) -> int:

@@ -134,5 +134,7 @@ class AdversarialGenerator(ImageGenerator):
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Give the mean over the batch and all ranks, differentiable across the ranks: (N, ...) -> (...)."""
         if self.trainer.world_size > 1:
-            values = self.all_gather(values, sync_grads=values.requires_grad).flatten(0, 1)
+            gathered = self.all_gather(values, sync_grads=values.requires_grad)  # (ranks, N, ...)
+            assert isinstance(gathered, Tensor)
+            values = gathered.flatten(0, 1)
         return values.mean(dim=0)

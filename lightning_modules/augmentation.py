@@ -6,15 +6,9 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
-from monai.transforms import (
-    Compose,
-    OneOf,
-    RandAdjustContrastd,
-    RandAffined,
-    RandGaussianNoised,
-    RandGaussianSmoothd,
-    RandSimulateLowResolutiond,
-)
+from monai.transforms.compose import Compose, OneOf
+from monai.transforms.intensity.dictionary import RandAdjustContrastd, RandGaussianNoised, RandGaussianSmoothd
+from monai.transforms.spatial.dictionary import RandAffined, RandSimulateLowResolutiond
 
 
 class PaperAugmentation:
@@ -28,11 +22,17 @@ class PaperAugmentation:
 
     def __init__(self, rotation_degrees: float = 30.0, scaling: float = 0.1, noise: float = 0.05) -> None:
         both, image = ["image", "label"], ["image"]
-        modes = {"mode": ("bilinear", "nearest"), "padding_mode": "zeros"}
         angle = float(np.deg2rad(rotation_degrees))
         self.transform = Compose(
             [
-                RandAffined(both, prob=0.75, rotate_range=angle, scale_range=(scaling, scaling), **modes),
+                RandAffined(
+                    both,
+                    prob=0.75,
+                    rotate_range=angle,
+                    scale_range=(scaling, scaling),
+                    mode=("bilinear", "nearest"),
+                    padding_mode="zeros",
+                ),
                 RandGaussianNoised(image, prob=0.5, std=noise * 255, sample_std=True),
                 RandGaussianSmoothd(image, prob=0.2, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0)),
                 RandSimulateLowResolutiond(image, prob=0.25, upsample_mode="bilinear", zoom_range=(0.75, 1.0)),
@@ -51,4 +51,5 @@ class PaperAugmentation:
 
     def __call__(self, sample: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Transform {"image": (4, H, W) in grey levels, "label": (1, H, W)}."""
-        return self.transform(sample)  # type: ignore[no-any-return]
+        augmented: Mapping[Hashable, Any] = self.transform(sample)
+        return augmented

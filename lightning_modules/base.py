@@ -17,7 +17,7 @@ class ImageClockModule(LightningModule):
     """A LightningModule whose clock is the number of training images seen.
 
     Lightning's `global_step` counts the steps of every optimizer; `images_seen` depends neither on the number of
-    optimizers nor on batch size or number of processes. It is saved with the checkpoint and is the x-axis of TensorBoard.
+    optimizers nor on batch size or number of processes. It is saved with the checkpoint and is TensorBoard's x-axis.
     """
 
     images_seen: int

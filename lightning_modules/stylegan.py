@@ -48,7 +48,7 @@ class StyleGAN2(AdversarialGenerator):
         seed: latents and noise of training follow from it and the clock.
     """
 
-    w_avg_decay: float
+    generator: StyleGAN2Generator
     path_length_mean: Tensor
 
     def __init__(
@@ -183,4 +183,4 @@ def split_noise(generator: StyleGAN2Generator, seed: int, index: Tensor) -> list
     sizes = [height * width for height, width in generator.noise_shapes]
     flat = random_normal(seed, Stream.NOISE, index, (sum(sizes),))
     shapes = generator.noise_shapes
-    return [part.reshape(-1, 1, *shape) for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True)]
+    return [part.reshape(-1, 1, *shape) for part, shape in zip(torch.split(flat, sizes, dim=1), shapes, strict=True)]

@@ -66,8 +66,9 @@ def test_unet_on_two_nodes_under_torchrun(slice_set: Path, tmp_path: Path) -> No
 
 
 def test_batch_that_cannot_be_divided_is_refused(slice_set: Path, tmp_path: Path) -> None:
-    done = train([*unet_args(tmp_path, slice_set), "--trainer.devices=2", "--data.batch_size=1", "--data.epoch_images=2"], check=False)
+    done = train(
+        [*unet_args(tmp_path, slice_set), "--trainer.devices=2", "--data.batch_size=1", "--data.epoch_images=2"],
+        check=False,
+    )
     assert done.returncode != 0
     assert "batch_size 1 cannot be divided over 2 processes" in done.stderr
-
-

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from fake_slices import stylegan2_args, train, unet_args
 
+
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 

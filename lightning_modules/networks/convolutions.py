@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def _wanted(ctx: Any, index: int) -> bool:  # noqa: ANN401  (torch types its contexts as Any)
+def _wanted(ctx: Any, index: int) -> bool:
     """Whether the running backward pass uses the gradient of input `index`.
 
     `needs_input_grad` of a Python function is fixed at the forward pass. R1 asks for the gradient of the images alone,
@@ -40,14 +40,14 @@ class _Convolution(Function):
     """y = dT/dg: cross-correlation of images with kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         stride, padding, groups = geometry
         return F.conv2d(x, weight, bias, stride, padding, 1, groups)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         gx = _input_gradient(g, weight, x.shape[2:], ctx.geometry) if _wanted(ctx, 0) else None
         gw = _weight_gradient(g, x, weight.shape, ctx.geometry) if _wanted(ctx, 1) else None
@@ -59,7 +59,7 @@ class _InputGradient(Function):
     """dT/dx: transposed convolution; `size` is that of x."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, weight: Tensor, size: Sequence[int], geometry: _Geometry) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, g: Tensor, weight: Tensor, size: Sequence[int], geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(g, weight)
         ctx.geometry = geometry
         stride, padding, groups = geometry
@@ -68,7 +68,7 @@ class _InputGradient(Function):
         return F.conv_transpose2d(g, weight, None, stride, padding, extra, groups)
 
     @staticmethod
-    def backward(ctx: Any, gx: Tensor) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, gx: Tensor) -> Any:
         g, weight = ctx.saved_tensors
         gg = _convolution(gx, weight, None, ctx.geometry) if _wanted(ctx, 0) else None
         gw = _weight_gradient(g, gx, weight.shape, ctx.geometry) if _wanted(ctx, 1) else None
@@ -79,7 +79,7 @@ class _WeightGradient(Function):
     """dT/dw."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, shape: Sequence[int], geometry: _Geometry) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, g: Tensor, x: Tensor, shape: Sequence[int], geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(g, x)
         ctx.geometry = geometry
         stride, padding, groups = geometry
@@ -91,7 +91,7 @@ class _WeightGradient(Function):
         return cast(Tensor, grads[1])
 
     @staticmethod
-    def backward(ctx: Any, gw: Tensor) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, gw: Tensor) -> Any:
         g, x = ctx.saved_tensors
         gg = _convolution(x, gw, None, ctx.geometry) if _wanted(ctx, 0) else None
         gx = _input_gradient(g, gw, x.shape[2:], ctx.geometry) if _wanted(ctx, 1) else None
