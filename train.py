@@ -9,16 +9,28 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf.errors import OmegaConfBaseException
 
 BASE = Path(__file__).parent / "configs" / "base.yaml"
 Task = Literal["fit", "validate", "test", "predict"]
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, which gives the reason of an error alone instead of after forty lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the reason; the inner parsers of classes hand it on."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.exit(f"train.py: {message}\n`python train.py --help` lists the options.")
 
 
 class StandInCLI(LightningCLI):
@@ -54,7 +66,7 @@ def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         return
     best = readable_checkpoint(checkpoints, ("best.ckpt",)) or readable_checkpoint(checkpoints)
     if best is None:
-        raise ValueError(f"Expected a checkpoint in {checkpoints}, but there is none. Train first: leave out --task.")
+        sys.exit(f"train.py: expected a checkpoint in {checkpoints}, but there is none. Train first: leave out --task.")
     if task == "validate":
         trainer.validate(model, datamodule=data, ckpt_path=best)
     elif task == "test" or (task is None and is_overridden("test_step", model)):
@@ -63,8 +75,8 @@ def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         trainer.predict(model, datamodule=data, ckpt_path=best, return_predictions=False)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Parse, build, run."""
+def build(args: list[str] | None = None) -> StandInCLI:
+    """Parse, build everything and open the data, so that whatever does not fit is said before anything slow starts."""
     parser_kwargs: dict[str, Any] = {
         "parser_mode": "omegaconf+",
         "allow_abbrev": False,
@@ -79,14 +91,22 @@ def main(args: list[str] | None = None) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
         parser_kwargs=parser_kwargs,
         args=args,
     )
+    cli.datamodule.setup("fit")
+    return cli
+
+
+def main(args: list[str] | None = None) -> None:
+    """Build, then run."""
+    try:
+        cli = build(args)
+    except (ValueError, TypeError, MisconfigurationException, OmegaConfBaseException) as error:
+        sys.exit(f"train.py: {error}")
     run(cli.trainer, cli.model, cli.datamodule, Path(cli.config.run_dir), cli.config.task)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
+    main()

@@ -33,7 +33,7 @@ class Memorization(Callback):
         slices: synthetic slices per check during training (images 0, 1, ... of the seed).
         held_out_slices: at most that many held-out slices, evenly spaced; None takes all.
         seed: of the synthetic slices.
-        every_n_epochs: how often during training.
+        every_n_epochs: how often during training; the last epoch is always checked.
         pictures: nearest pairs to show.
     """
 
@@ -54,7 +54,8 @@ class Memorization(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check images of fixed indices."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs:
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
             return
         assert isinstance(pl_module, ImageGenerator)
         mine = range(trainer.global_rank, self.slices, trainer.world_size)

@@ -9,8 +9,11 @@ from lightning.pytorch import LightningModule
 
 
 def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bool = False) -> None:
-    """Log numbers that are the same on all ranks, once per epoch."""
-    module.log_dict(dict(values), on_step=False, on_epoch=True, prog_bar=prog_bar, sync_dist=True)
+    """Log numbers that are the same on all ranks, once per epoch; Lightning takes "step" as their x-axis."""
+    options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+    module.log_dict(dict(values), prog_bar=prog_bar, **options)
+    if not module.trainer.testing and isinstance(module, ImageClockModule):
+        module.log("step", float(module.images_seen), **options)
 
 
 class ImageClockModule(LightningModule):
@@ -32,7 +35,7 @@ class ImageClockModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Put the clock under the curves of this epoch."""
-        log_epoch(self, {"step": float(self.images_seen)})
+        log_epoch(self, {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the clock."""

@@ -1,0 +1,133 @@
+"""`python train.py --config X`: shipped configurations, what a run leaves behind, errors before anything slow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_slices import ROOT, stylegan2_args, train, unet_args
+from scipy.stats import pearsonr
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datamodules.slice_set import SliceSet, read_manifest
+from train import main
+
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml")
+
+
+@pytest.fixture(scope="module")
+def generator_run(slice_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "generator"
+    train(stylegan2_args(run_dir, slice_set))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def segmenter_run(slice_set: Path, generator_run: Path) -> Path:
+    run_dir = generator_run.parent / "segmenter"
+    parts = f"[{{path: {slice_set}}}, {{path: {generator_run / 'synthetic'}, amount: 20}}]"
+    train([*unet_args(run_dir, slice_set), f"--data.train={parts}"])
+    return run_dir
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_shipped_configurations_are_valid(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(config), "--print_config"])
+    assert stopped.value.code == 0
+    assert "class_path" in capsys.readouterr().out
+
+
+def test_generator_run_leaves_a_synthetic_set(generator_run, slice_set):
+    manifest = read_manifest(generator_run / "synthetic")
+    assert manifest.kind == "synthetic"
+    assert manifest.slices == 100
+    assert manifest.content["patients_seen"] == ["P0", "P1", "P2", "P3", "P4"]
+    assert manifest.content["trained_on"] == [read_manifest(slice_set).fingerprint]
+    assert manifest.content["images_seen"] == 48
+    slices = SliceSet(generator_run / "synthetic").read(range(100))
+    assert int(slices[:, 4].max()) <= 3
+    assert len(np.unique(slices.reshape(100, -1), axis=0)) == 100
+
+
+def test_memorization_table_holds_the_largest_correlation_of_every_slice(generator_run, slice_set):
+    table = pd.read_csv(generator_run / "memorization.csv")
+    training = SliceSet(slice_set, "train").read(range(len(SliceSet(slice_set, "train"))))[:, :4]
+    synthetic = SliceSet(generator_run / "synthetic").read(range(100))[:, :4]
+    held_out = SliceSet(slice_set, "val").read(range(len(SliceSet(slice_set, "val"))))[:, :4]
+    for name, slices in (("synthetic", synthetic), ("held-out", held_out)):
+        rows = table[table["set"] == name].reset_index(drop=True)
+        assert rows["position"].tolist() == list(range(len(slices)))
+        for i in (0, len(slices) - 1):
+            r = [pearsonr(slices[i].ravel().astype(float), other.ravel().astype(float))[0] for other in training]
+            assert rows["r"][i] == pytest.approx(max(r), abs=1e-12)
+            assert rows["nearest"][i] == int(np.argmax(r))
+            channel = [pearsonr(slices[i, 3].ravel().astype(float), o[3].ravel().astype(float))[0] for o in training]
+            assert rows["r_FLAIR"][i] == pytest.approx(max(channel), abs=1e-12)
+
+
+def test_tensorboard_shows_curves_over_images_and_pictures(generator_run, segmenter_run):
+    events = EventAccumulator(str(generator_run), size_guidance={"images": 0}).Reload()
+    assert [e.step for e in events.Scalars("loss/generator")] == [16, 32, 48]
+    assert {"loss/discriminator", "loss/r1", "loss/path_length", "memorization/synthetic_max_r"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert {"samples/generated", "samples/real", "memorization/nearest_pairs"} <= set(events.Tags()["images"])
+    events = EventAccumulator(str(segmenter_run)).Reload()
+    assert [e.step for e in events.Scalars("dice/val/WT")] == [16, 32, 48]
+    assert "segmentation/val" in events.Tags()["images"]
+
+
+def test_segmenter_run_leaves_dice_of_every_test_patient(segmenter_run):
+    table = pd.read_csv(segmenter_run / "dice_per_patient.csv")
+    assert table["patient"].unique().tolist() == ["P6", "P7"]
+    dice = 2 * table["tp"] / (2 * table["tp"] + table["fp"] + table["fn"])
+    assert np.allclose(table["dice"], dice, equal_nan=True)
+    metrics = json.loads((segmenter_run / "metrics.json").read_text())
+    assert metrics["dice/test/WT"] == pytest.approx(table.loc[table["entity"] == "WT", "dice"].mean(), abs=1e-6)
+
+
+def test_run_record_says_what_the_run_was(segmenter_run, generator_run):
+    record = json.loads((segmenter_run / "run.json").read_text())
+    assert [part["kind"] for part in record["training_sets"]] == ["real", "synthetic"]
+    assert record["training_sets"][1]["slices"] == 20
+    assert record["training_sets"][1]["fingerprint"] == read_manifest(generator_run / "synthetic").fingerprint
+    assert record["kind"] == "segmenter"
+    assert record["images_seen"] == 48
+    assert record["test_patients"] == ["P6", "P7"]
+    assert (segmenter_run / "config.yaml").exists()
+
+
+def test_finished_run_is_left_as_it_is(generator_run, slice_set):
+    before = (generator_run / "synthetic" / "slices-00000.npy").stat().st_mtime_ns
+    train(stylegan2_args(generator_run, slice_set))
+    assert (generator_run / "synthetic" / "slices-00000.npy").stat().st_mtime_ns == before
+    assert not (generator_run / "synthetic.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--model.r1_gama=1", "r1_gama"),
+        ("--model.r1_gamma=ten", "r1_gamma"),
+        ("--trainer.max_epoch=3", "max_epoch"),
+        ("--task=trane", "task"),
+        ("--trainer.devices=two", "two"),
+        ("--run_dir=${nothing}", "nothing"),
+        ("--data.batch_size=7", "multiple of batch_size (7)"),
+        ("--data.root=nowhere", "Expected a slice set at nowhere"),
+    ],
+)
+def test_bad_options_are_refused_with_the_reason(option, words, slice_set, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main([*stylegan2_args(tmp_path / "run", slice_set), option])
+    reason = str(stopped.value)
+    assert words in reason
+    assert len(reason.splitlines()) < 12
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_predict_without_a_checkpoint_says_to_train_first(slice_set, tmp_path):
+    with pytest.raises(SystemExit, match=r"there is none\. Train first"):
+        main([*stylegan2_args(tmp_path / "run", slice_set), "--task=predict"])
