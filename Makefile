@@ -6,7 +6,7 @@ BIN = .venv/bin
 
 quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --snakefile study/Snakefile --configfile study/quickstart.yaml --cores all --quiet host reason rules
-	@$(BIN)/standin report runs/quickstart/report --show
+	@cat runs/quickstart/report/summary.txt
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests

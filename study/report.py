@@ -63,7 +63,7 @@ def report(
     segmenters: tuple[Path, ...] = (),
     title: str = TITLE,
 ) -> None:
-    """Write the report of a study to a folder and show its main table.
+    """Write the report of a study to a folder and show its main table, which is kept as summary.txt.
 
     Args:
         out: folder for index.html, tables/ and figures/.
@@ -73,8 +73,9 @@ def report(
         title: of the page.
     """
     index = write_report(out, real, generators, segmenters, title)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    console.print(f"\n{summary_table(index.parent)}\n\nReport: {index}")
+    summary = f"{summary_table(index.parent)}\n\nReport: {index}\n"
+    write_atomically(index.parent / "summary.txt", summary)
+    Console(soft_wrap=True, markup=False, highlight=False).print(f"\n{summary}")
 
 
 def write_report(
