@@ -5,7 +5,7 @@ BIN = .venv/bin
 .PHONY: quickstart test check clean
 
 quickstart: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --snakefile study/Snakefile --configfile study/quickstart.yaml --cores all --quiet host reason rules
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --snakefile study/Snakefile --configfile study/quickstart.yaml --cores all --quiet host reason
 	@cat runs/quickstart/report/summary.txt
 
 test: .venv/installed

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +20,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf.errors import OmegaConfBaseException
 
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch
+    r".*forward_sync_buffers.*",  # the new name of broadcast_buffers exists from torch 2.13 on only
+    r".*no `validation_step`.*",  # generators share the DataModule of the segmenters
+    r".*modules? in eval mode at the start of training.*",  # the moving average of a generator
+    r".*Grad strides do not match bucket view strides.*",  # channels_last weights: a copy per step
+    r".*does not have many workers.*",  # memory-mapped slices need none
+)
 BASE = Path(__file__).parent / "configs" / "base.yaml"
 Task = Literal["fit", "validate", "test", "predict"]
 
@@ -75,6 +84,13 @@ def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         trainer.predict(model, datamodule=data, ckpt_path=best, return_predictions=False)
 
 
+def quiet() -> None:
+    """Leave out messages that are no news to the user, each for the reason beside it."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+
+
 def build(args: list[str] | None = None) -> StandInCLI:
     """Parse, build everything and open the data, so that whatever does not fit is said before anything slow starts."""
     parser_kwargs: dict[str, Any] = {
@@ -101,6 +117,7 @@ def build(args: list[str] | None = None) -> StandInCLI:
 
 def main(args: list[str] | None = None) -> None:
     """Build, then run."""
+    quiet()
     try:
         cli = build(args)
     except (ValueError, TypeError, MisconfigurationException, OmegaConfBaseException) as error:

@@ -68,7 +68,7 @@ class Memorization(Callback):
         log_epoch(pl_module, _headline(table, null))
         if trainer.is_global_zero:
             top = table.nlargest(self.pictures, "r")["position"].to_numpy()
-            shown = pl_module.generate_slices(torch.from_numpy(top), self.seed).cpu().numpy()
+            shown = pl_module.generate_slices(torch.tensor(top), self.seed).cpu().numpy()
             self._show(trainer, pl_module, table, shown, top)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
