@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,15 @@ def main(args: list[str] | None = None) -> None:
     if name not in COMMANDS:
         sys.exit(f"standin: there is no command {name!r}.\n\n{overview()}")
     command = COMMANDS[name]
-    from jsonargparse import auto_cli
+    from jsonargparse import DefaultHelpFormatter, auto_cli
+
+    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """Keep the lines of the examples as they are."""
 
     function: Any = getattr(importlib.import_module(command.module), command.function)
     examples = "examples:\n" + "\n".join(f"  {line}" for line in command.example.splitlines())
     try:
-        auto_cli(function, args=rest, prog=f"standin {name}", epilog=examples, as_positional=True)
+        auto_cli(function, args=rest, prog=f"standin {name}", epilog=examples, formatter_class=Formatter)
     except ValueError as error:
         sys.exit(f"standin {name}: {error}")
 
