@@ -7,7 +7,7 @@ BIN = .venv/bin
 # Threads that wait without spinning: a busy machine would slow training down tenfold.
 quickstart: export GOMP_SPINCOUNT = 0
 quickstart: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --snakefile study/Snakefile --configfile study/quickstart.yaml --cores all --quiet host reason
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --snakefile study/Snakefile --configfile study/quickstart.yaml --cores all --nolock --quiet host reason
 	@cat runs/quickstart/report/summary.txt
 
 test: .venv/installed

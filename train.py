@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,7 +24,7 @@ NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch
     r".*forward_sync_buffers.*",  # the new name of broadcast_buffers exists from torch 2.13 on only
     r".*no `validation_step`.*",  # generators share the DataModule of the segmenters
-    r".*modules? in eval mode at the start of training.*",  # the moving average of a generator
+    r".*in eval mode at the start of training.*",  # the moving average of a generator
     r".*Grad strides do not match bucket view strides.*",  # channels_last weights: a copy per step
     r".*does not have many workers.*",  # memory-mapped slices need none
 )
@@ -40,6 +40,15 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         sys.exit(f"train.py: {message}\n`python train.py --help` lists the options.")
+
+
+class SaveConfigOfTraining(SaveConfigCallback):
+    """Keep the configuration that a run was trained with; single steps later do not change it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save before training."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class StandInCLI(LightningCLI):
@@ -62,12 +71,20 @@ def readable_checkpoint(folder: Path, names: tuple[str, ...] = ("*.ckpt",)) -> P
             warnings.warn(f"{path} cannot be read ({type(error).__name__}); trying the one before it.", stacklevel=2)
         else:
             return path
+    if candidates:
+        sys.exit(
+            f"train.py: none of the checkpoints in {folder} can be read. Restore one, or choose another --run_dir."
+        )
     return None
 
 
 def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run_dir: Path, task: Task | None) -> None:
     """Do one step, or train and then test (segmenters) or emit (generators)."""
     checkpoints = run_dir / "checkpoints"
+    steps = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+    possible = ["fit", *(name for name, step in steps.items() if is_overridden(step, model))]
+    if task is not None and task not in possible:
+        sys.exit(f"train.py: a {type(model).__name__} knows the tasks {', '.join(possible)}, but not {task}.")
     if task in (None, "fit"):
         last = readable_checkpoint(checkpoints, ("last.ckpt", "epoch=*.ckpt"))
         trainer.fit(model, datamodule=data, ckpt_path=last)
@@ -106,13 +123,27 @@ def build(args: list[str] | None = None) -> StandInCLI:
         run=False,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=SaveConfigOfTraining,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,
         parser_kwargs=parser_kwargs,
         args=args,
     )
+    run_dir = Path(cli.config.run_dir).absolute()
+    foreign = [str(path) for path in _folders(cli.trainer) if not path.is_relative_to(run_dir)]
+    if foreign:
+        raise ValueError(
+            f"expected everything of the run in run_dir {run_dir}, but the configuration also names "
+            f"{', '.join(foreign)}. A saved config.yaml belongs to its own run: start new ones from configs/."
+        )
     cli.datamodule.setup("fit")
     return cli
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Where this trainer writes."""
+    checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(folder).absolute() for folder in (trainer.default_root_dir, *checkpoints) if folder is not None]
 
 
 def main(args: list[str] | None = None) -> None:

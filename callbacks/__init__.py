@@ -1,5 +1,6 @@
 """Callbacks: glue between training rules and metrics; no mathematics here."""
 
+from callbacks.atomic_checkpoint import AtomicCheckpointIO
 from callbacks.dice import Dice
 from callbacks.ema import EMA
 from callbacks.image_grid import ImageGrid
@@ -7,4 +8,4 @@ from callbacks.memorization import Memorization
 from callbacks.run_record import RunRecord
 from callbacks.synthetic_dataset import SyntheticDataset
 
-__all__ = ["EMA", "Dice", "ImageGrid", "Memorization", "RunRecord", "SyntheticDataset"]
+__all__ = ["EMA", "AtomicCheckpointIO", "Dice", "ImageGrid", "Memorization", "RunRecord", "SyntheticDataset"]

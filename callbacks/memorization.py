@@ -14,7 +14,7 @@ from rich.progress import track
 
 from callbacks.image_grid import show
 from datamodules.pictures import panels, tile
-from datamodules.slice_set import MODALITIES, Slices, SliceSet, write_atomically
+from datamodules.slice_set import LEFT_RIGHT_AXIS, MODALITIES, Slices, SliceSet, write_atomically
 from lightning_modules.base import log_epoch
 from lightning_modules.image_generator import ImageGenerator
 from metrics.memorization import largest_correlation, summarize
@@ -52,6 +52,24 @@ class Memorization(Callback):
         self.pictures = pictures
         self.null: pd.DataFrame | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be judged, before anything slow starts."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule.setup()
+        if not len(datamodule.real_val) and not len(datamodule.real_test):
+            raise ValueError(
+                f"Memorization: {datamodule.root} has neither validation nor test patients to compare with. Prepare it "
+                "with some, or leave callbacks.Memorization out."
+            )
+        fingerprints = {part.manifest.fingerprint for part in datamodule.training_sets}
+        if fingerprints != {datamodule.real.manifest.fingerprint}:
+            raise ValueError(
+                f"Memorization searches the training patients of {datamodule.root}, but data.train names other sets: "
+                "copies of their slices would not be found. Train on root, or leave callbacks.Memorization out."
+            )
+        # A generator that was shown mirror images may have memorized them.
+        self.mirror_axis = LEFT_RIGHT_AXIS if getattr(pl_module, "mirror", False) else None
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check images of fixed indices."""
         epoch = trainer.current_epoch + 1
@@ -74,6 +92,10 @@ class Memorization(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the whole emitted set and write `memorization.csv`."""
         folder = Path(trainer.default_root_dir)
+        manifest, written = folder / "synthetic" / "dataset.json", folder / "memorization.csv"
+        done = written.exists() and written.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+        if trainer.strategy.broadcast(done):
+            return
         emitted = SliceSet(folder / "synthetic")
         mine = np.arange(trainer.global_rank, len(emitted), trainer.world_size)
         table = self._search(trainer, pl_module, emitted, mine)
@@ -81,7 +103,7 @@ class Memorization(Callback):
         if trainer.is_global_zero:
             both = pd.concat([table.assign(set="synthetic"), null.assign(set="held-out")])
             columns = ["set", "position", "r", *(f"r_{m}" for m in MODALITIES), "nearest", "nearest_patient"]
-            write_atomically(folder / "memorization.csv", both[columns].to_csv(index=False))
+            write_atomically(written, both[columns].to_csv(index=False))
             top = table.nlargest(self.pictures, "r")["position"].to_numpy()
             self._show(trainer, pl_module, table, emitted.read(top), top)
 
@@ -114,7 +136,9 @@ class Memorization(Callback):
             part = positions[start : start + QUERIES]
             slices = queries.read(part) if isinstance(queries, SliceSet) else queries[start : start + QUERIES]
             query = torch.from_numpy(slices[:, :4]).to(pl_module.device)
-            found = largest_correlation(query, self._blocks(trainer, training, query.device))
+            found = largest_correlation(
+                query, self._blocks(trainer, training, query.device), mirror_axis=self.mirror_axis
+            )
             columns_of = [torch.from_numpy(part).double(), found.r.cpu(), *found.r_channel.cpu().T, found.index.cpu()]
             rows.append(torch.stack([c.double() for c in columns_of], dim=1).numpy())
         gathered = _gather(trainer, np.concatenate(rows))
@@ -144,6 +168,8 @@ class Memorization(Callback):
 
 def _headline(table: pd.DataFrame, null: pd.DataFrame) -> dict[str, float]:
     """Name the numbers for the log; r is over the four modalities jointly and the whole image."""
+    if table["r"].isna().all():  # a collapsed generator: every slice is constant
+        return {"memorization/synthetic_max_r": float("nan")}
     comparison = summarize(table["r"].to_numpy(), null["r"].to_numpy())
     return {
         "memorization/synthetic_mean_r": comparison.mean,

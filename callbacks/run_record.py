@@ -30,8 +30,9 @@ class RunRecord(Callback):
         self.train_seconds = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what this run is, before anything slow starts."""
-        self._write_run(trainer, pl_module)
+        """Say what this run is, before anything slow starts; single steps later do not change that."""
+        if stage == "fit":
+            self._write_run(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the epoch."""
@@ -75,7 +76,7 @@ class RunRecord(Callback):
         record = {
             "name": folder.name,
             "kind": "generator" if isinstance(pl_module, ImageGenerator) else "segmenter",
-            "model": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
+            "model": f"{type(pl_module).__module__}.{type(pl_module).__name__} ({_networks(pl_module)})",
             "seed": getattr(pl_module, "seed", None),
             "images_seen": getattr(pl_module, "images_seen", 0),
             "train_seconds": round(self.train_seconds, 1),
@@ -103,6 +104,14 @@ class RunRecord(Callback):
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def _networks(module: LightningModule) -> str:
+    """The classes of the networks and their sizes, so that runs of different networks are told apart."""
+    parts = {name: child for name, child in module.named_children() if name != "ema_network"}
+    return ", ".join(
+        f"{type(child).__name__} {sum(p.numel() for p in child.parameters()):,}" for child in parts.values()
+    )
 
 
 def git_state(folder: Path) -> tuple[str | None, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from datamodules.slice_set import class_pixels, finish_slice_set, read_manifest, save_shard
+from datamodules.slice_set import class_pixels, finish_slice_set, read_manifest, save_shard, write_atomically
 from lightning_modules.image_generator import ImageGenerator, ImagePlan
 
 
@@ -58,24 +59,27 @@ class SyntheticDataset(Callback):
         """
         network = generator.ema_network if generator.ema_network is not None else generator.sampled_network
         self.weights = weights_hash(network)
-        plan = f"{self.weights} {self.seed} {self.batch_size}"
+        self.hyperparameters = {name: _plain(value) for name, value in generator.hparams.items()}
+        settings = (self.weights, self.seed, self.batch_size, self.hyperparameters, str(trainer.precision))
+        self.plan = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        batches = [range(start, start + self.batch_size) for start in range(0, self.slices, self.batch_size)]
+        missing = []
         if trainer.is_global_zero and not self._is_complete():
-            if (self.partial / "plan.txt").exists() and (self.partial / "plan.txt").read_text() != plan:
+            written = self.partial / "plan.txt"
+            if written.exists() and written.read_text() != self.plan:
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
-            (self.partial / "plan.txt").write_text(plan)
-        trainer.strategy.barrier("synthetic set: plan")
-        batches = [range(start, start + self.batch_size) for start in range(0, self.slices, self.batch_size)]
-        missing = [] if self._is_complete() else [b for b in batches if not self._part(b.start).exists()]
-        trainer.strategy.barrier("synthetic set: listed")
+            write_atomically(written, self.plan)
+            missing = [b for b in batches if not self._part(b.start).exists()]
+        # One list for all: a file system may show the ranks different things.
+        missing = trainer.strategy.broadcast(missing)
         return missing[trainer.global_rank :: trainer.world_size] or batches[-1:]
 
     def _is_complete(self) -> bool:
         if not (self.final / "dataset.json").exists():
             return False
         content = read_manifest(self.final).content
-        made = (content["weights_sha256"], content["seed"], content["batch_size"], content["slices"])
-        return made == (self.weights, self.seed, self.batch_size, self.slices)
+        return (content["plan_sha256"], content["slices"]) == (self.plan, self.slices)
 
     def _part(self, start: int) -> Path:
         return self.partial / f"part-{start:09d}.npy"
@@ -86,8 +90,8 @@ class SyntheticDataset(Callback):
         """Write a batch; outputs is uint8 (N, 5, H, W)."""
         slices: Tensor = outputs
         start = int(batch[0])
-        if not self._is_complete():
-            save_shard(self._part(start), slices[: self.slices - start].cpu().numpy())
+        if not self._is_complete() and not self._part(start).exists():
+            save_shard(self._part(start), slices.cpu().numpy())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the batches together when all ranks are done."""
@@ -102,7 +106,7 @@ class SyntheticDataset(Callback):
         waiting: list[np.ndarray] = []
         labels, shard = [], 0
         for start in range(0, self.slices, self.batch_size):
-            part = np.load(self._part(start))
+            part = np.load(self._part(start))[: self.slices - start]
             labels.append(class_pixels(part[:, -1]))
             waiting.append(part)
             ready = sum(len(array) for array in waiting)
@@ -118,8 +122,10 @@ class SyntheticDataset(Callback):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "weights_sha256": self.weights,
+            "plan_sha256": self.plan,
+            "precision": str(trainer.precision),
             "generator": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
-            "hyperparameters": {k: _plain(v) for k, v in pl_module.hparams.items()},
+            "hyperparameters": self.hyperparameters,
             "images_seen": getattr(pl_module, "images_seen", 0),
             "patients_seen": datamodule.patients_seen,
             "trained_on": [part.manifest.fingerprint for part in datamodule.training_sets],

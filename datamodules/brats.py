@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,36 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.augmentation import PaperAugmentation
 from datamodules.samplers import StreamOrder, StreamSampler, volume_batches
 from datamodules.slice_set import SliceSet
 
 Batch = dict[str, Tensor]
+BRAIN_THRESHOLD = 8
+
+
+def brain_mask(modalities: Tensor) -> Tensor:
+    """Say where the brain is: any modality brighter than 8 of 255.
+
+    The background of stored slices is 0 in real sets and nearly black in generated ones.
+
+    Args:
+        modalities: uint8 or float (N, 4, H, W), 0..255.
+
+    Returns:
+        bool (N, 1, H, W).
+    """
+    return modalities.amax(dim=1, keepdim=True) > BRAIN_THRESHOLD
+
+
+class Augmentation(Protocol):
+    """A random transform of one slice that can be made deterministic."""
+
+    def set_random_state(self, seed: int) -> None:
+        """Make the next call a function of this seed."""
+
+    def __call__(self, sample: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        """Transform {"image": (4, H, W), "label": (1, H, W), "brain": (1, H, W)}."""
 
 
 @dataclass
@@ -38,10 +65,19 @@ class SliceDataset(Dataset[Batch]):
     Args:
         sets: the sets, one after the other.
         order: if given, positions are those of an endless stream and go through it.
+        augmentation: if given, every slice goes through it with a random state that follows from (seed, position).
+        seed: of the augmentation.
     """
 
-    def __init__(self, sets: Sequence[SliceSet], order: StreamOrder | None = None) -> None:
+    def __init__(
+        self,
+        sets: Sequence[SliceSet],
+        order: StreamOrder | None = None,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
         self.sets = list(sets)
+        self.augmentation, self.seed = augmentation, seed
         self.starts = np.cumsum([0, *(len(part) for part in self.sets)])
         self.order = order
         self.patients = sorted({patient for part in self.sets for patient in part.patients})
@@ -55,13 +91,28 @@ class SliceDataset(Dataset[Batch]):
         return {key: value[0] for key, value in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """Give a batch: slices uint8 (N, 5, H, W), position int64 (N,) as asked for, patient int64 (N,) row number."""
+        """Give a batch: slices uint8 (N, 5, H, W), position int64 (N,) as asked for, patient int64 (N,) row number.
+
+        Augmented slices are float32, and `brain`, bool (N, 1, H, W), is the brain mask moved along with them.
+        """
         rows = np.asarray(positions, np.int64) if self.order is None else self.order(positions)
-        return {
+        batch = {
             "slices": torch.from_numpy(self.read(rows)),
             "position": torch.tensor(positions, dtype=torch.int64),
             "patient": torch.from_numpy(self._patient[rows]),
         }
+        return batch if self.augmentation is None else {**batch, **self._augment(self.augmentation, batch)}
+
+    def _augment(self, augmentation: Augmentation, batch: Batch) -> Batch:
+        slices, brains = [], []
+        for one, position in zip(batch["slices"].float(), batch["position"].tolist(), strict=True):
+            state = np.random.default_rng((self.seed, position)).integers(1 << 32)
+            augmentation.set_random_state(int(state))
+            brain = brain_mask(one[None, :4])[0].float()
+            moved = augmentation({"image": one[:4], "label": one[4:], "brain": brain})
+            slices.append(torch.cat([torch.as_tensor(moved["image"]), torch.as_tensor(moved["label"])]))
+            brains.append(torch.as_tensor(moved["brain"]) > 0.5)
+        return {"slices": torch.stack(slices), "brain": torch.stack(brains)}
 
     def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Read slices by row number over all sets: uint8 (n, 5, H, W)."""
@@ -93,6 +144,7 @@ class BraTSDataModule(LightningDataModule):
             batch_size.
         eval_batch_size: slices of an evaluation batch of one process.
         val_fraction: share of the training patients for validation where the set has none; 0 for generators.
+        augmentation: transform of training slices, done by the loader processes.
         num_workers: loader processes per training process; 0 reads in the process itself.
         seed: order of the data, draw of the parts and of the validation patients.
 
@@ -109,10 +161,12 @@ class BraTSDataModule(LightningDataModule):
         epoch_images: int = 10_000,
         eval_batch_size: int = 32,
         val_fraction: float = 0.0,
+        augmentation: PaperAugmentation | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.augmentation = augmentation
         self.root = root
         self.parts = [TrainingPart(root)] if train is None else train
         self.batch_size = batch_size
@@ -176,9 +230,10 @@ class BraTSDataModule(LightningDataModule):
 
     def _check(self) -> None:
         problems = []
+        carved = not (self.real.index["split"] == "val").any()
         if self.real.manifest.kind != "real":
             problems.append(f"{self.root} is a {self.real.manifest.kind} set; root must be a real one.")
-        test = set(self.test_patients)
+        unseen = {"test": set(self.test_patients), "validation": set() if carved else set(self.val_patients)}
         for part in self.training_sets:
             if not len(part):
                 problems.append(f"{part.root} has no training slices.")
@@ -187,11 +242,21 @@ class BraTSDataModule(LightningDataModule):
                     f"{part.root} has slices of {part.manifest.size_px} px, but {self.root} of "
                     f"{self.real.manifest.size_px} px."
                 )
-            leaked = test & (set(part.patients) | set(part.manifest.content.get("patients_seen", [])))
-            if leaked:
-                problems.append(
-                    f"{part.root} contains, or its generator saw, {len(leaked)} patients of the test split of "
-                    f"{self.root} ({', '.join(sorted(leaked)[:5])}, ...). Train the generator on the same split."
+            if part.manifest.kind == "synthetic" and "patients_seen" not in part.manifest.content:
+                problems.append(f"{part.root}/dataset.json does not say which patients its generator saw.")
+            seen = set(part.patients) | set(part.manifest.content.get("patients_seen", []))
+            for split, patients in unseen.items():
+                if leaked := patients & seen:
+                    problems.append(
+                        f"{part.root} contains, or its generator saw, {len(leaked)} patients of the {split} split of "
+                        f"{self.root} ({', '.join(sorted(leaked)[:5])}, ...). Train the generator on the same split."
+                    )
+            if carved and set(self.val_patients) & seen:
+                warnings.warn(
+                    f"Validation patients, taken from the training patients of {self.root}, were seen by the generator "
+                    f"of {part.root}: the choice of the best checkpoint favours it. `standin prepare` can set "
+                    "validation patients apart.",
+                    stacklevel=2,
                 )
         if problems:
             raise ValueError("Data: " + " ".join(problems))
@@ -205,6 +270,30 @@ class BraTSDataModule(LightningDataModule):
             seen.update(part.patients if real else part.manifest.content.get("patients_seen", []))
         return sorted(seen)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint was trained on."""
+        return {
+            "real": self.real.manifest.fingerprint,
+            "training_sets": [part.manifest.fingerprint for part in self.training_sets],
+            "training_patients": self.train_patients,
+            "test_patients": self.test_patients,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on other data or another split.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        self.setup()
+        ours = self.state_dict()
+        different = [name for name, value in state_dict.items() if ours.get(name) != value]
+        if different:
+            raise ValueError(
+                f"Data: the checkpoint of this run was trained on other data than {self.root} (different: "
+                f"{', '.join(different)}). Choose another --run_dir, or give the data that it was trained on."
+            )
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of the endless training stream; the loader's batch is the share of one process."""
         rank, world_size = self._ranks()
@@ -212,7 +301,7 @@ class BraTSDataModule(LightningDataModule):
             raise ValueError(f"Data: batch_size {self.batch_size} cannot be divided over {world_size} processes.")
         total = sum(len(part) for part in self.training_sets)
         return DataLoader(
-            SliceDataset(self.training_sets, StreamOrder(total, self.seed)),
+            SliceDataset(self.training_sets, StreamOrder(total, self.seed), self.augmentation, self.seed),
             batch_size=self.batch_size // world_size,
             sampler=StreamSampler(self.epoch_images, rank, world_size),
             collate_fn=_as_is,

@@ -94,6 +94,29 @@ class AdversarialGenerator(ImageGenerator):
         beta1, beta2 = self.adam_betas
         return Adam(network.parameters(), lr=lr * ratio, betas=(beta1**ratio, beta2**ratio), eps=1e-8)
 
+    def on_fit_start(self) -> None:
+        """Refuse what would train wrongly in silence.
+
+        Raises:
+            ValueError: for a precision whose gradients are scaled, or batches that cut the groups of the minibatch
+                standard deviation apart.
+        """
+        problems = []
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            problems.append(f"trainer.precision must be 32-true or bf16-mixed, but is {self.trainer.precision}.")
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        group = getattr(self.discriminator, "mbstd_group_size", None)
+        if datamodule is not None and group is not None:
+            share = datamodule.batch_size // (self.trainer.world_size * self.micro_batches)
+            if share % group:
+                problems.append(
+                    f"data.batch_size {datamodule.batch_size} over {self.trainer.world_size} processes and "
+                    f"{self.micro_batches} micro_batches is {share}, but must be a multiple of the groups of {group} "
+                    "of the minibatch standard deviation (discriminator.mbstd_group_size)."
+                )
+        if problems:
+            raise ValueError("Training: " + " ".join(problems))
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Work off the phases that are due; shapes: slices uint8 (N, 5, H, W), position int64 (N,)."""
         real, position = slices_to_images(batch["slices"]), batch["position"]
@@ -130,11 +153,3 @@ class AdversarialGenerator(ImageGenerator):
     def log_mean(self, name: str, value: Tensor) -> None:
         """Log the mean of a quantity over the epoch and all ranks."""
         self.log(name, value.detach().mean(), on_step=False, on_epoch=True, sync_dist=True)
-
-    def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """Give the mean over the batch and all ranks, differentiable across the ranks: (N, ...) -> (...)."""
-        if self.trainer.world_size > 1:
-            gathered = self.all_gather(values, sync_grads=values.requires_grad)  # (ranks, N, ...)
-            assert isinstance(gathered, Tensor)
-            values = gathered.flatten(0, 1)
-        return values.mean(dim=0)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 
 def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bool = False) -> None:
@@ -44,3 +45,11 @@ class ImageClockModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the clock."""
         self.images_seen = checkpoint["images_seen"]
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Give the mean over the batch and all ranks, differentiable across the ranks: (N, ...) -> (...)."""
+        if self.trainer.world_size > 1:
+            gathered = self.all_gather(values, sync_grads=values.requires_grad)  # (ranks, N, ...)
+            assert isinstance(gathered, Tensor)
+            values = gathered.flatten(0, 1)
+        return values.mean(dim=0)

@@ -28,6 +28,8 @@ class Stream(IntEnum):
     PATH_LENGTH = 4
     AUGMENTATION = 5
     MIRROR = 6
+    EMISSION_LATENT = 7
+    EMISSION_NOISE = 8
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:

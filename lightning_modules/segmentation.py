@@ -10,34 +10,57 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from monai.losses.dice import DiceCELoss
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_modules.base import ImageClockModule
-from lightning_modules.counter_random import Stream, random_words
 
 BRAIN_THRESHOLD = 8
 
 
-def normalize(modalities: Tensor) -> Tensor:
+def normalize(modalities: Tensor, brain: Tensor | None = None) -> Tensor:
     """Give each modality of each slice zero mean and unit variance inside the brain; outside it is 0.
-
-    Brain is where any modality is brighter than 8 of 255: the background of generated slices is nearly black only.
 
     Args:
         modalities: uint8 or float (N, 4, H, W), 0..255.
+        brain: bool (N, 1, H, W); None takes the pixels where any modality is brighter than 8 of 255 (the background of
+            generated slices is nearly black only).
 
     Returns:
         float32 (N, 4, H, W).
     """
     modalities = modalities.float()
-    brain = (modalities.amax(dim=1, keepdim=True) > BRAIN_THRESHOLD).float()  # (N, 1, H, W)
-    count = brain.sum(dim=(2, 3), keepdim=True).clamp(min=1.0)
-    mean = (modalities * brain).sum(dim=(2, 3), keepdim=True) / count
-    centred = (modalities - mean) * brain
+    if brain is None:
+        brain = modalities.amax(dim=1, keepdim=True) > BRAIN_THRESHOLD
+    inside = brain.float()  # (N, 1, H, W)
+    count = inside.sum(dim=(2, 3), keepdim=True).clamp(min=1.0)
+    mean = (modalities * inside).sum(dim=(2, 3), keepdim=True) / count
+    centred = (modalities - mean) * inside
     deviation = (centred.square().sum(dim=(2, 3), keepdim=True) / count).sqrt()
     return centred / deviation.clamp(min=1.0)
+
+
+def batch_dice_loss(logits: Tensor, target: Tensor, over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Soft Dice loss of the whole global batch, mean over all classes.
+
+    Sums run over the batch of all processes, as nnU-Net does for slices, of which most lack some class; the mean of the
+    Dice of parts would be another number.
+
+    Args:
+        logits: (N, classes, H, W).
+        target: class index, int64 (N, 1, H, W).
+        over_ranks: sum over the processes, differentiable.
+
+    Returns:
+        scalar, 0 for a perfect prediction.
+    """
+    probability = logits.softmax(dim=1)
+    truth = torch.zeros_like(probability).scatter_(1, target, 1.0)
+    sums = torch.stack([(probability * truth).sum(dim=(0, 2, 3)), (probability + truth).sum(dim=(0, 2, 3))])
+    overlap, total = over_ranks(sums)  # (classes,) each
+    dice: Tensor = (2.0 * overlap + 1e-5) / (total + 1e-5)
+    return 1.0 - dice.mean()
 
 
 class SegmentationModule(ImageClockModule):
@@ -49,9 +72,7 @@ class SegmentationModule(ImageClockModule):
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty.
         poly_power: exponent of the decay.
-        augmentation: transform of {"image": (4, H, W), "label": (1, H, W)}, a MONAI `Compose` of random transforms; its
-            random state is set for every sample from the seed and the clock.
-        seed: of the augmentation.
+        seed: of the initial weights is `seed_everything`; this one is recorded with the run.
     """
 
     def __init__(
@@ -61,7 +82,6 @@ class SegmentationModule(ImageClockModule):
         momentum: float = 0.99,
         weight_decay: float = 3e-5,
         poly_power: float = 0.9,
-        augmentation: Callable[[dict[str, Any]], Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -71,10 +91,7 @@ class SegmentationModule(ImageClockModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.poly_power = poly_power
-        self.augmentation = augmentation
         self.seed = seed
-        # Dice over the whole batch: most slices lack some class (nnU-Net does the same for 2-D).
-        self.loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
 
     def configure_optimizers(self) -> Optimizer:
         """SGD with Nesterov momentum."""
@@ -93,11 +110,8 @@ class SegmentationModule(ImageClockModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Dice + cross-entropy, on every head of a deeply supervised network."""
-        slices = batch["slices"]
-        if self.augmentation is not None:
-            slices = self._augment(slices, batch["position"])
-        logits = self.network(normalize(slices[:, :4]))
-        target = slices[:, 4:].long()
+        logits = self.network(normalize(batch["slices"][:, :4], batch.get("brain")))
+        target = batch["slices"][:, 4:].long()
         loss = self.deep_supervision_loss(logits, target)
         self.log("loss/train", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
@@ -110,16 +124,10 @@ class SegmentationModule(ImageClockModule):
         losses = [w * self.loss(head.float(), target) for w, head in zip(weights.tolist(), heads, strict=True)]
         return torch.stack(losses).sum()
 
-    def _augment(self, slices: Tensor, position: Tensor) -> Tensor:
-        """Augment sample by sample with random states that follow from (seed, position): uint8 to float slices."""
-        states = random_words(self.seed, Stream.AUGMENTATION, position, 4)[:, 0].tolist()
-        augmentation: Any = self.augmentation
-        out = []
-        for sample, state in zip(slices.float(), states, strict=True):
-            augmentation.set_random_state(seed=state)
-            result = augmentation({"image": sample[:4], "label": sample[4:]})
-            out.append(torch.cat([torch.as_tensor(result["image"]), torch.as_tensor(result["label"])]))
-        return torch.stack(out)
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Dice + cross-entropy with weight 1 each; logits (N, classes, H, W), target int64 (N, 1, H, W)."""
+        dice = batch_dice_loss(logits, target, lambda sums: self.mean_over_ranks(sums[None]) * self.trainer.world_size)
+        return dice + F.cross_entropy(logits, target[:, 0])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Predict class indices: uint8 (N, H, W); N may be 0."""

@@ -105,7 +105,7 @@ class StyleGAN2(AdversarialGenerator):
 
     def noise(self, position: Tensor, draw: int) -> list[Tensor]:
         """Per-layer noise images of the samples at these positions: list of (N, 1, H, W)."""
-        return split_noise(self.generator, self.seed, position * 8 + draw)
+        return split_noise(self.generator, self.seed, Stream.NOISE, position * 8 + draw)
 
     def path_direction(self, position: Tensor, shape: Sequence[int]) -> Tensor:
         """Unit-variance noise in image space that the Jacobian is projected on: (N, *shape)."""
@@ -173,14 +173,15 @@ class StyleGAN2(AdversarialGenerator):
     def generate(self, index: Tensor, seed: int) -> Tensor:
         """Image i from `(seed, i)`: latent and noise images from a counter-based generator."""
         network = self.generator if self.ema_network is None else self.ema_network
-        z = random_normal(seed, Stream.LATENT, index, (self.generator.z_dim,))
-        images: Tensor = network(z, truncation_psi=self.truncation_psi, noise=split_noise(self.generator, seed, index))
+        z = random_normal(seed, Stream.EMISSION_LATENT, index, (self.generator.z_dim,))
+        noise = split_noise(self.generator, seed, Stream.EMISSION_NOISE, index)
+        images: Tensor = network(z, truncation_psi=self.truncation_psi, noise=noise)
         return images
 
 
-def split_noise(generator: StyleGAN2Generator, seed: int, index: Tensor) -> list[Tensor]:
+def split_noise(generator: StyleGAN2Generator, seed: int, stream: Stream, index: Tensor) -> list[Tensor]:
     """Noise images of all layers for these samples: list of (N, 1, H, W)."""
     sizes = [height * width for height, width in generator.noise_shapes]
-    flat = random_normal(seed, Stream.NOISE, index, (sum(sizes),))
+    flat = random_normal(seed, stream, index, (sum(sizes),))
     shapes = generator.noise_shapes
     return [part.reshape(-1, 1, *shape) for part, shape in zip(torch.split(flat, sizes, dim=1), shapes, strict=True)]

@@ -386,6 +386,7 @@ class StyleGAN2Discriminator(nn.Module):
             image = img_channels if r == img_resolution else 0
             block = DiscriminatorBlock(image, channels[r], channels[r // 2], conv_clamp, resample_filter)
             self.add_module(f"b{r}", block)
+        self.mbstd_group_size = mbstd_group_size
         self.b4 = DiscriminatorEpilogue(channels[4], conv_clamp, mbstd_group_size, mbstd_num_channels)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Augmentation of segmentation training in MONAI: geometry moves image and label, intensity only the image."""
+"""Augmentation of segmentation training in MONAI: geometry moves image, label, brain mask; intensity the image."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class PaperAugmentation:
     """
 
     def __init__(self, rotation_degrees: float = 30.0, scaling: float = 0.1, noise: float = 0.05) -> None:
-        both, image = ["image", "label"], ["image"]
+        everything, image = ["image", "label", "brain"], ["image"]
         angle = float(np.deg2rad(rotation_degrees))
         self.transform = Compose(
             [
                 RandAffined(
-                    both,
+                    everything,
                     prob=0.75,
                     rotate_range=angle,
                     scale_range=(scaling, scaling),
-                    mode=("bilinear", "nearest"),
+                    mode=("bilinear", "nearest", "nearest"),
                     padding_mode="zeros",
                 ),
                 RandGaussianNoised(image, prob=0.5, std=noise * 255, sample_std=True),
@@ -50,6 +50,6 @@ class PaperAugmentation:
         self.transform.set_random_state(seed=seed)
 
     def __call__(self, sample: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Transform {"image": (4, H, W) in grey levels, "label": (1, H, W)}."""
+        """Transform {"image": (4, H, W) in grey levels, "label": (1, H, W), "brain": (1, H, W)}."""
         augmented: Mapping[Hashable, Any] = self.transform(sample)
         return augmented
