@@ -27,6 +27,7 @@ NOISE = (
     r".*in eval mode at the start of training.*",  # the moving average of a generator
     r".*Grad strides do not match bucket view strides.*",  # channels_last weights: a copy per step
     r".*does not have many workers.*",  # memory-mapped slices need none
+    r".*It is recommended to use `self.log.*sync_dist=True.*",  # what we log is the same on all ranks
 )
 BASE = Path(__file__).parent / "configs" / "base.yaml"
 Task = Literal["fit", "validate", "test", "predict"]

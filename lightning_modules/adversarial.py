@@ -149,7 +149,3 @@ class AdversarialGenerator(ImageGenerator):
             if parameter.grad is not None:
                 torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         optimizer.step()
-
-    def log_mean(self, name: str, value: Tensor) -> None:
-        """Log the mean of a quantity over the epoch and all ranks."""
-        self.log(name, value.detach().mean(), on_step=False, on_epoch=True, sync_dist=True)

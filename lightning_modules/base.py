@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 
 def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bool = False) -> None:
-    """Log numbers that are the same on all ranks, once per epoch; Lightning takes "step" as their x-axis."""
-    options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+    """Log numbers that are the same on all ranks, once per epoch; Lightning takes "step" as their x-axis.
+
+    Nothing is synchronised by Lightning: it would do so when the progress bar, on the first rank alone, asks for the
+    numbers, while the other ranks may be waiting for each other elsewhere.
+    """
+    options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": False}
     module.log_dict(dict(values), prog_bar=prog_bar, **options)
     if not module.trainer.testing and isinstance(module, ImageClockModule):
         module.log("step", float(module.images_seen), **options)
@@ -29,14 +34,24 @@ class ImageClockModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.images_seen = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Advance the clock by the images of the global batch."""
         self.images_seen += len(batch["slices"]) * self.trainer.world_size
 
     def on_train_epoch_end(self) -> None:
-        """Put the clock under the curves of this epoch."""
-        log_epoch(self, {})
+        """Log the means of the epoch over all ranks, with the clock as their x-axis."""
+        if self._sums:
+            means = torch.stack([total / count for total, count in self._sums.values()])
+            values = zip(self._sums, self.mean_over_ranks(means[None]).tolist(), strict=True)
+            log_epoch(self, dict(values), prog_bar=True)
+            self._sums = {}
+
+    def log_mean(self, name: str, value: Tensor) -> None:
+        """Log the mean of a quantity over the epoch and all ranks."""
+        total, count = self._sums.get(name, (value.new_zeros([]), 0))
+        self._sums[name] = (total + value.detach().float().mean(), count + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the clock."""

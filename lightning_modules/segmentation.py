@@ -113,7 +113,7 @@ class SegmentationModule(ImageClockModule):
         logits = self.network(normalize(batch["slices"][:, :4], batch.get("brain")))
         target = batch["slices"][:, 4:].long()
         loss = self.deep_supervision_loss(logits, target)
-        self.log("loss/train", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        self.log_mean("loss/train", loss)
         return loss
 
     def deep_supervision_loss(self, logits: Tensor, target: Tensor) -> Tensor:
