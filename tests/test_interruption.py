@@ -4,8 +4,11 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
-from fake_slices import stylegan2_args, train, unet_args
+from fake_slices import stylegan2_args, train, unet_args, write_slice_set
+
+from datamodules.slice_set import SliceSet
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -55,20 +58,32 @@ def test_killed_and_restarted_unet_equals_uninterrupted_in_spite_of_a_torn_check
 
 def test_killed_emission_goes_on_where_it_stopped(slice_set: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    train([*stylegan2_args(run_dir, slice_set), "--task=fit"])
     command = [
         *stylegan2_args(run_dir, slice_set),
-        "--task=predict",
         "--trainer.callbacks+=kill_once.KillEmissionOnce",
         f"--trainer.callbacks.marker={tmp_path / 'killed-once'}",
     ]
     assert train(command, check=False).returncode == -signal.SIGKILL
-    first = run_dir / "synthetic.partial" / "part-000000000.npy"
-    written = first.stat().st_mtime_ns
     assert not (run_dir / "synthetic").exists()
-    killed = first.read_bytes()
-    train([*command, f"--run_dir={run_dir}"])
+    first = run_dir / "synthetic.partial" / "part-000000000.npy"
+    np.save(first, np.full_like(np.load(first), 2))  # a mark that only this file carries
+    train(command)
     assert not (run_dir / "synthetic.partial").exists()
-    assert json.loads((run_dir / "synthetic" / "dataset.json").read_text())["slices"] == 100
-    assert written
-    assert killed[-1000:] in (run_dir / "synthetic" / "slices-00000.npy").read_bytes()
+    slices = SliceSet(run_dir / "synthetic").read(range(100))
+    assert (slices[:64] == 2).all()
+    assert (slices[64:] != 2).any(axis=(1, 2, 3)).all()
+
+    train([*command, "--synthetic_slices=70", "--model.truncation_psi=0.5", "--task=predict"])
+    again = SliceSet(run_dir / "synthetic")
+    assert len(again) == 70
+    assert again.manifest.content["hyperparameters"]["truncation_psi"] == 0.5
+    assert not (again.read(range(64)) == 2).all()
+
+
+def test_run_is_not_resumed_on_other_data(slice_set: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train([*unet_args(run_dir, slice_set), "--task=fit", "--trainer.max_epochs=1"])
+    other = write_slice_set(tmp_path / "other", seed=1)
+    refused = train(unet_args(run_dir, other), check=False)
+    assert refused.returncode != 0
+    assert "was trained on other data than" in refused.stderr
