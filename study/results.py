@@ -153,10 +153,7 @@ def _read_generator(folder: Path, real: SliceSet) -> Generator:
     held_out = real.index["patient"].isin(run.get("validation_patients", []))
     training = (split == "train") & ~held_out
     if not held_out.any():
-        metrics_file = folder / "metrics.json"
-        metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
-        stated = run.get("held_out_split", metrics.get("heldout_split"))
-        held_out = split == (stated or ("val" if (split == "val").any() else "test"))
+        held_out = split == run.get("held_out_split", "val" if (split == "val").any() else "test")
     generator = Generator(
         name=run["name"],
         folder=folder,
