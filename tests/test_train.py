@@ -113,7 +113,7 @@ def test_finished_run_is_left_as_it_is(generator_run, slice_set):
         ("--model.r1_gamma=ten", "r1_gamma"),
         ("--trainer.max_epoch=3", "max_epoch"),
         ("--task=trane", "task"),
-        ("--trainer.devices=two", "two"),
+        ("--trainer.devices=two", "`devices`"),
         ("--run_dir=${nothing}", "nothing"),
         ("--data.batch_size=7", "multiple of batch_size (7)"),
         ("--data.root=nowhere", "Expected a slice set at nowhere"),
