@@ -39,8 +39,9 @@ class RunRecord(Callback):
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the epoch to the training time."""
+        """Add the epoch to the training time, and keep the record true for a run that is stopped later."""
         self.train_seconds += time.monotonic() - self._started
+        self._write_run(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of training."""
