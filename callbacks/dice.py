@@ -21,9 +21,9 @@ Stage = Literal["val", "test"]
 class Dice(Callback):
     """Dice of the classes (core, oedema, enhancing) and regions (WT, TC, ET) per patient, in 3-D.
 
-    The mean goes to the log as `dice/<stage>/<entity>`, and `dice/<stage>` is the mean over the three classes. A class
-    that neither prediction nor reference of a patient holds is left out of the mean ("nan") or counts 1 ("one"). After
-    a test, `dice_per_patient.csv` holds every value with its counts.
+    The mean goes to the log as `dice/<stage>/<entity>`, and `dice/<stage>` is the mean over the three classes of a
+    patient, then over patients. A class that neither prediction nor reference of a patient holds is left out of the
+    mean ("nan") or counts 1 ("one"). After a test, `dice_per_patient.csv` holds every value with its counts.
 
     Args:
         empty: the convention for such classes.
@@ -82,7 +82,7 @@ class Dice(Callback):
         dice: torch.Tensor = self.metric.compute()
         mean, _ = mean_over_patients(dice)
         log_epoch(pl_module, {f"dice/{stage}/{name}": float(mean[i]) for i, name in enumerate(ENTITIES)})
-        log_epoch(pl_module, {f"dice/{stage}": float(mean[:3].nanmean())}, prog_bar=True)
+        log_epoch(pl_module, {f"dice/{stage}": float(dice[:, :3].nanmean(dim=1).nanmean())}, prog_bar=True)
         if trainer.is_global_zero and not trainer.sanity_checking:
             self._show(trainer, pl_module, stage)
         return dice.cpu()

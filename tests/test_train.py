@@ -86,6 +86,8 @@ def test_segmenter_run_leaves_dice_of_every_test_patient(segmenter_run):
     assert np.allclose(table["dice"], dice, equal_nan=True)
     metrics = json.loads((segmenter_run / "metrics.json").read_text())
     assert metrics["dice/test/WT"] == pytest.approx(table.loc[table["entity"] == "WT", "dice"].mean(), abs=1e-6)
+    classes = table[table["entity"].isin(["core", "oedema", "enhancing"])]
+    assert metrics["dice/test"] == pytest.approx(classes.groupby("patient")["dice"].mean().mean(), abs=1e-6)
 
 
 def test_run_record_says_what_the_run_was(segmenter_run, generator_run):
