@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from comparison import Meta, Tensors
+from families_stylegan2 import build_discriminator, build_generator
 from safetensors import safe_open
-from test_gan_reference import HERE, Meta, Tensors, build_discriminator, build_generator, family, read_meta
+from test_gan_reference import HERE, family, read_meta
 from torch import Tensor
 from torch.utils.data import DataLoader
 
