@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from comparison import Meta, Tensors
 from families_stylegan2 import build_discriminator, build_generator
+from lightning.pytorch import Trainer
 from safetensors import safe_open
 from test_gan_reference import HERE, family, read_meta
 from torch import Tensor
