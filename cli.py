@@ -36,6 +36,13 @@ COMMANDS = {
         "make BraTS-like patients from a template, without any download",
         "standin phantom data/phantom --patients 24 --seed 0",
     ),
+    "import": Command(
+        "lightning_modules.importing",
+        "import_checkpoint",
+        "turn an official GAN or diffusion checkpoint into one of ours, executing nothing in it",
+        "standin import network-snapshot.pkl imported --channels t1,t2,flair,t1ce,label\n"
+        "python train.py --config configs/stylegan2.yaml --config imported/model.yaml --data.root SLICES",
+    ),
     "report": Command(
         "study.report",
         "report",

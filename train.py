@@ -92,7 +92,7 @@ def run(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
     if task == "fit":
         return
     best = readable_checkpoint(checkpoints, ("best.ckpt",)) or readable_checkpoint(checkpoints)
-    if best is None:
+    if best is None and getattr(model, "init_from", None) is None:
         sys.exit(f"train.py: expected a checkpoint in {checkpoints}, but there is none. Train first: leave out --task.")
     if task == "validate":
         trainer.validate(model, datamodule=data, ckpt_path=best)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from lightning_modules.image_generator import ImageGenerator
 
@@ -19,7 +20,8 @@ class EMA(Callback):
 
     Args:
         halflife_kimg: half-life of the average in thousands of images.
-        rampup: the half-life is at most this share of the images seen so far; None starts with the full half-life.
+        rampup: the half-life is at most this share of the images seen so far; None starts with the full half-life, as
+            does a generator that starts from a trained one (`init_from`).
     """
 
     def __init__(self, halflife_kimg: float = 10.0, rampup: float | None = 0.05) -> None:
@@ -35,19 +37,33 @@ class EMA(Callback):
         if stage == "fit":
             pl_module.start_ema()
 
-    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the clock, which a resumed run has restored."""
+        assert isinstance(pl_module, ImageGenerator)
+        self.followed = pl_module.images_seen
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Follow the iteration before this one, where a training step holds several."""
+        self._follow(pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the average towards the weights; buffers are copied."""
-        assert isinstance(pl_module, ImageGenerator)
-        images = len(batch["slices"]) * trainer.world_size
+        """Follow the last iteration."""
+        self._follow(pl_module)
+
+    @torch.no_grad()
+    def _follow(self, generator: LightningModule) -> None:
+        """Move the average towards the weights if the clock has moved; buffers are copied."""
+        assert isinstance(generator, ImageGenerator)
+        before, self.followed = self.followed, generator.images_seen
+        if self.followed == before:
+            return
         halflife = self.halflife_kimg * 1000
-        if self.rampup is not None:
-            # The module advances its clock after the callbacks: these are the images before this batch.
-            halflife = min(halflife, pl_module.images_seen * self.rampup)
-        decay = 0.5 ** (images / max(halflife, 1e-8))
-        network, average = pl_module.sampled_network, pl_module.start_ema()
+        if self.rampup is not None and generator.init_from is None:
+            halflife = min(halflife, before * self.rampup)
+        decay = 0.5 ** ((self.followed - before) / max(halflife, 1e-8))
+        network, average = generator.sampled_network, generator.start_ema()
         for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
             mean.copy_(parameter.lerp(mean, decay))
         for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):

@@ -262,6 +262,11 @@ class BraTSDataModule(LightningDataModule):
             raise ValueError("Data: " + " ".join(problems))
 
     @property
+    def channels(self) -> list[str]:
+        """Names of the channels of all slices, in order."""
+        return list(self.real.manifest.content["channels"])
+
+    @property
     def patients_seen(self) -> list[str]:
         """The real patients that training sees, through synthetic sets as well."""
         seen: set[str] = set()

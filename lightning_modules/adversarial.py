@@ -2,7 +2,9 @@
 
 A model lists its phases; the base walks through them. Karras et al. 2020, "Analyzing and Improving the Image Quality of
 StyleGAN" (CVPR, arXiv 1912.04958), appendix B, gives lazy regularization: a term is evaluated every k-th iteration with
-weight k, and Adam's learning rate and decay rates are changed by k / (k + 1).
+weight k, and Adam's learning rate and decay rates are changed by k / (k + 1). Progressive growing (Karras et al. 2018,
+ICLR, arXiv 1710.10196) and adaptive discriminator augmentation (Karras et al. 2020, NeurIPS, arXiv 2006.06676) are
+injected objects that any of the models can have.
 """
 
 from __future__ import annotations
@@ -17,7 +19,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lightning_modules.image_generator import ImageGenerator, slices_to_images
+from lightning_modules.ada import AdaptiveAugmentation
+from lightning_modules.counter_random import Stream, random_uniform
+from lightning_modules.growing import GrowingSchedule, fade_real
+from lightning_modules.image_generator import ImageGenerator, slices_to_images, tumour_classes
+
+LEFT_RIGHT_AXIS = -2
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Real images of an iteration.
+
+    Attributes:
+        images: float (N, C, H, W) in [-1, 1].
+        position: int64 (N,), their places in the stream of training images; random numbers follow from them.
+        condition: one-hot float (N, classes), or None for a model without classes.
+    """
+
+    images: Tensor
+    position: Tensor
+    condition: Tensor | None = None
+
+    def __getitem__(self, chosen: slice) -> Samples:
+        condition = None if self.condition is None else self.condition[chosen]
+        return Samples(self.images[chosen], self.position[chosen], condition)
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -27,28 +56,37 @@ class Phase:
     Attributes:
         name: how the loss is called in the log.
         network: whose optimizer steps.
-        loss: `(real images (N, C, H, W), position (N,)) -> scalar`, a mean over the batch.
+        loss: a scalar, the mean over the samples.
         interval: evaluated every that many iterations, with that weight.
     """
 
     name: str
     network: Literal["generator", "discriminator"]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Samples], Tensor]
     interval: int = 1
 
 
 class AdversarialGenerator(ImageGenerator):
     """Generator against discriminator with one Adam each.
 
+    Networks with `c_dim` classes are conditional: 2 classes, slices without and with tumour, can be learned. Images are
+    emitted with the classes in the proportions of the training.
+
     Args:
         generator: latent code to image.
         discriminator: image to logit.
-        generator_lr: learning rate of the generator's Adam.
-        discriminator_lr: learning rate of the discriminator's Adam.
+        generator_lr: learning rate of the generator's Adam; with `growing` its schedule rules.
+        discriminator_lr: learning rate of the discriminator's Adam; likewise.
         adam_betas: decay rates of both.
-        micro_batches: a training batch is worked off in that many parts whose gradients are averaged.
+        growing: schedule of progressive growing; None trains at full resolution throughout.
+        augmentation: what the discriminator sees real and generated images through; None is nothing.
+        mirror: show real images and their left-right mirror images alike; changes the anatomy.
+        micro_batches: the images of an iteration are worked off in that many parts whose gradients are averaged.
         seed: all latents and noise of training follow from it and the clock.
+        init_from: checkpoint, of a run or imported, whose networks training starts from.
     """
+
+    class_counts: Tensor
 
     def __init__(
         self,
@@ -57,10 +95,14 @@ class AdversarialGenerator(ImageGenerator):
         generator_lr: float,
         discriminator_lr: float,
         adam_betas: tuple[float, float],
+        growing: GrowingSchedule | None,
+        augmentation: AdaptiveAugmentation | None,
+        mirror: bool,
         micro_batches: int,
         seed: int,
+        init_from: str | None,
     ) -> None:
-        super().__init__()
+        super().__init__(init_from)
         if micro_batches < 1:
             raise ValueError(f"Expected micro_batches to be at least 1, but got {micro_batches}.")
         self.automatic_optimization = False
@@ -69,8 +111,14 @@ class AdversarialGenerator(ImageGenerator):
         self.generator_lr = generator_lr
         self.discriminator_lr = discriminator_lr
         self.adam_betas = adam_betas
+        self.growing = growing
+        self.augmentation = augmentation
+        self.mirror = mirror
         self.micro_batches = micro_batches
         self.seed = seed
+        self._lod: float | None = None
+        self.c_dim: int = getattr(generator, "c_dim", 0)
+        self.register_buffer("class_counts", torch.zeros(self.c_dim, dtype=torch.float64), persistent=self.c_dim > 0)
 
     @property
     def sampled_network(self) -> nn.Module:
@@ -98,54 +146,154 @@ class AdversarialGenerator(ImageGenerator):
         """Refuse what would train wrongly in silence.
 
         Raises:
-            ValueError: for a precision whose gradients are scaled, or batches that cut the groups of the minibatch
-                standard deviation apart.
+            ValueError: for a precision whose gradients are scaled, batches that cut the groups of the minibatch
+                standard deviation apart, or minibatches that the batches of the loader do not hold.
         """
+        super().on_fit_start()
         problems = []
         if self.trainer.precision not in ("32-true", "bf16-mixed"):
-            problems.append(f"trainer.precision must be 32-true or bf16-mixed, but is {self.trainer.precision}.")
+            problems.append(
+                f"trainer.precision must be 32-true or bf16-mixed, but is {self.trainer.precision}. For half precision "
+                "set num_half_res of the networks, which keeps the lowest resolutions in float32."
+            )
+        if self.c_dim not in (0, 2) or getattr(self.discriminator, "c_dim", 0) != self.c_dim:
+            problems.append(
+                "c_dim of generator and discriminator must both be 0, or 2 for slices without and with tumour, but are "
+                f"{self.c_dim} and {getattr(self.discriminator, 'c_dim', 0)}."
+            )
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        group = getattr(self.discriminator, "mbstd_group_size", None)
-        if datamodule is not None and group is not None:
-            share = datamodule.batch_size // (self.trainer.world_size * self.micro_batches)
-            if share % group:
-                problems.append(
-                    f"data.batch_size {datamodule.batch_size} over {self.trainer.world_size} processes and "
-                    f"{self.micro_batches} micro_batches is {share}, but must be a multiple of the groups of {group} "
-                    "of the minibatch standard deviation (discriminator.mbstd_group_size)."
-                )
+        if datamodule is not None:
+            problems += self._problems_of_batches(datamodule.batch_size, datamodule.epoch_images)
         if problems:
             raise ValueError("Training: " + " ".join(problems))
 
+    def _problems_of_batches(self, batch_size: int, epoch_images: int) -> list[str]:
+        problems = []
+        sizes = [batch_size] if self.growing is None else self.growing.minibatches()
+        group = getattr(self.discriminator, "mbstd_group_size", None) or 1
+        for size in sizes:
+            share, left = divmod(size, self.trainer.world_size * self.micro_batches)
+            if left or share % group:
+                problems.append(
+                    f"{size} images over {self.trainer.world_size} processes and {self.micro_batches} micro_batches "
+                    f"must be a multiple of {group} each (mbstd_group_size of the discriminator)."
+                )
+            if batch_size % size:
+                problems.append(
+                    f"data.batch_size ({batch_size}) must be a multiple of the minibatch of {size} images in "
+                    "model.growing; a batch of the loader is worked off in several iterations."
+                )
+        return problems
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Work off the phases that are due; shapes: slices uint8 (N, 5, H, W), position int64 (N,)."""
-        real, position = slices_to_images(batch["slices"]), batch["position"]
-        if len(real) % self.micro_batches:
-            raise ValueError(
-                f"Expected the batch of a process to be a multiple of micro_batches ({self.micro_batches}), but got "
-                f"{len(real)}. Change data.batch_size or model.micro_batches."
-            )
-        iteration = self.images_seen // (len(real) * self.trainer.world_size)
+        """Work off a batch in one or, while growing, several iterations.
+
+        Args:
+            batch: slices uint8 (N, 5, H, W), position int64 (N,).
+            batch_idx: unused.
+        """
+        condition = None
+        if self.c_dim:
+            condition = tumour_classes(batch["slices"])
+            self.class_counts += self.mean_over_ranks(condition) * (len(condition) * self.trainer.world_size)
+        left = Samples(slices_to_images(batch["slices"]), batch["position"], condition)
+        while len(left):
+            images = self._begin_iteration(len(left) * self.trainer.world_size) // self.trainer.world_size
+            self._iterate(left[:images])
+            left = left[images:]
+
+    def _begin_iteration(self, images: int) -> int:
+        """Set the networks to the clock; returns how many images, over all processes, this iteration takes."""
+        if self.growing is None:
+            return images
+        lod = self.growing.lod(self.images_seen)
+        self.set_lod(lod)
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.growing.learning_rate(self.images_seen)
+            if self._lod is not None and self.growing.level_changed(self._lod, lod):
+                optimizer.state.clear()  # as the originals do whenever layers enter or leave
+        self._lod = lod
+        return min(images, self.growing.minibatch_size(self.images_seen))
+
+    def set_lod(self, lod: float) -> None:
+        """Set the level of detail of all networks: 0 is full resolution, k is a 2^k-th of it."""
+        for network in (self.generator, self.discriminator, self.ema_network):
+            if network is not None:
+                network.lod = lod  # type: ignore[assignment]
+
+    def _iterate(self, samples: Samples) -> None:
+        iteration = self.images_seen // (len(samples) * self.trainer.world_size)
+        real = samples.images
+        if self.mirror:
+            flipped = random_uniform(self.seed, Stream.MIRROR, samples.position, 4)[:, 0] < 0.5
+            real = torch.where(flipped[:, None, None, None], real.flip(LEFT_RIGHT_AXIS), real)
+        if self.growing is not None:
+            real = fade_real(real, self.growing.lod(self.images_seen))
+        samples = Samples(real, samples.position, samples.condition)
         for phase in self.phases():
             if iteration % phase.interval == 0:
-                self._run(phase, real, position)
+                self._run(phase, samples)
+        self.advance(len(samples))
+        if self.augmentation is not None:
+            self.log_mean("augmentation/p", self.augmentation.p)
+        if self.augmentation is not None and (iteration + 1) % self.augmentation.adjust_interval == 0:
+            self.augmentation.adjust(len(samples) * self.trainer.world_size * self.augmentation.adjust_interval)
 
-    def _run(self, phase: Phase, real: Tensor, position: Tensor) -> None:
+    def _run(self, phase: Phase, samples: Samples) -> None:
         optimizers: Any = self.optimizers()
         optimizer = optimizers[0 if phase.network == "generator" else 1]
         self.generator.requires_grad_(phase.network == "generator")
         self.discriminator.requires_grad_(phase.network == "discriminator")
         optimizer.zero_grad()
         for part in range(self.micro_batches):
-            # Strided, as the samples over the ranks: the groups of the minibatch standard deviation stay together.
-            chosen = slice(part, None, self.micro_batches)
             last = part == self.micro_batches - 1
             strategy: Any = self.trainer.strategy
             synchronised = nullcontext() if last or self.trainer.world_size == 1 else strategy.block_backward_sync()
             with synchronised:
-                loss = phase.loss(real[chosen], position[chosen])
+                # Strided, as the samples over the ranks: the groups of the minibatch standard deviation stay together.
+                loss = phase.loss(samples[part :: self.micro_batches])
                 self.manual_backward(loss * (phase.interval / self.micro_batches))
         for parameter in getattr(self, phase.network).parameters():
             if parameter.grad is not None:
                 torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         optimizer.step()
+
+    def judge(self, images: Tensor, samples: Samples, draw: int) -> Tensor:
+        """Logits (N, 1) of images, real or generated, as the discriminator sees them; `draw` names the augmentation."""
+        if self.augmentation is not None:
+            images = self.augmentation(images, samples.position, self.seed, draw)
+        condition = () if samples.condition is None else (samples.condition,)
+        logits: Tensor = self.discriminator(images, *condition)
+        return logits
+
+    def judge_real(self, images: Tensor, samples: Samples, draw: int) -> Tensor:
+        """Logits (N, 1) of real images, whose signs steer the augmentation."""
+        logits = self.judge(images, samples, draw)
+        if self.augmentation is not None:
+            signs = self.mean_over_ranks(logits.detach().sign().flatten())
+            self.augmentation.accumulate(signs, len(samples) * self.trainer.world_size)
+        self.log_mean("score/real", logits)
+        return logits
+
+    def emitted_classes(self, index: Tensor, seed: int) -> Tensor | None:
+        """Classes of emitted images as one-hot float (N, c_dim), in the proportions of the training so far."""
+        if not self.c_dim:
+            return None
+        counts = self.class_counts if bool(self.class_counts.any()) else torch.ones_like(self.class_counts)
+        below = (counts.cumsum(0) / counts.sum())[:-1]
+        chance = random_uniform(seed, Stream.EMISSION_CLASS, index, 4)[:, :1]
+        return nn.functional.one_hot((chance >= below).sum(1), self.c_dim).float()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the level of the last iteration, which decides on the next reset of Adam."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lod"] = self._lod
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the level of the last iteration."""
+        super().on_load_checkpoint(checkpoint)
+        self._lod = checkpoint.get("lod")
+        if self._lod is not None:
+            self.set_lod(self._lod)

@@ -27,6 +27,7 @@ class ImageClockModule(LightningModule):
 
     Lightning's `global_step` counts the steps of every optimizer; `images_seen` depends neither on the number of
     optimizers nor on batch size or number of processes. It is saved with the checkpoint and is TensorBoard's x-axis.
+    Rules call `advance` in their training step, once per iteration.
     """
 
     images_seen: int
@@ -36,9 +37,9 @@ class ImageClockModule(LightningModule):
         self.images_seen = 0
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Advance the clock by the images of the global batch."""
-        self.images_seen += len(batch["slices"]) * self.trainer.world_size
+    def advance(self, images: int) -> None:
+        """Advance the clock by the images that this process has seen in an iteration; the others saw as many."""
+        self.images_seen += images * self.trainer.world_size
 
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch over all ranks, with the clock as their x-axis."""

@@ -30,6 +30,9 @@ class Stream(IntEnum):
     MIRROR = 6
     EMISSION_LATENT = 7
     EMISSION_NOISE = 8
+    ADA = 9
+    GRADIENT_PENALTY = 10
+    EMISSION_CLASS = 11
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:

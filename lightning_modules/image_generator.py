@@ -46,6 +46,19 @@ def images_to_slices(images: Tensor) -> Tensor:
     return torch.cat([modalities, label], dim=1).to(torch.uint8)
 
 
+def tumour_classes(slices: Tensor) -> Tensor:
+    """Classes that a conditional generator learns: without and with tumour.
+
+    Args:
+        slices: uint8 (N, 5, H, W), as stored.
+
+    Returns:
+        One-hot float32 (N, 2).
+    """
+    with_tumour = (slices[:, -1] > 0).flatten(1).any(dim=1)
+    return torch.stack([~with_tumour, with_tumour], dim=1).float()
+
+
 @dataclass(frozen=True)
 class ImagePlan:
     """Which images `predict` makes; set by the callback that writes them.
@@ -64,14 +77,60 @@ class ImageGenerator(ImageClockModule):
 
     Subclasses give `generate`. The averaged copy of the network (`ema_network`) is made and updated by the EMA
     callback; images come from it when there is one.
+
+    Args:
+        init_from: checkpoint, of a run or imported, whose networks a new run starts from; clock, optimizers and
+            statistics start anew.
     """
 
     ema_network: nn.Module | None
 
-    def __init__(self) -> None:
+    def __init__(self, init_from: str | None = None) -> None:
         super().__init__()
         self.ema_network = None
+        self.init_from = init_from
         self.image_plan: ImagePlan | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take over the networks of `init_from`; the checkpoint of a run that is resumed is loaded after this."""
+        if self.init_from is not None:
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            self.start_from(self.init_from, None if datamodule is None else datamodule.channels)
+
+    def start_from(self, path: str, channels: Sequence[str] | None = None) -> None:
+        """Take over the networks of a checkpoint.
+
+        Args:
+            path: checkpoint of a run or of `standin import`; a network that it lacks keeps its weights.
+            channels: names of the channels of the data, in order.
+
+        Raises:
+            ValueError: if the file cannot be read or its channels or weights do not fit.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            weights: dict[str, Tensor] = content["state_dict"]
+        except Exception as error:
+            raise ValueError(
+                f"model.init_from: {path} cannot be read as a checkpoint of a run or of `standin import` ({error})."
+            ) from error
+        theirs = content.get("channels")
+        if channels is not None and theirs is not None and list(channels) != list(theirs):
+            raise ValueError(
+                f"model.init_from: {path} makes the channels {', '.join(theirs)}, but the data has "
+                f"{', '.join(channels)}. Name the channels of the original at `standin import --channels`."
+            )
+        found = {name.split(".")[0] for name in weights}
+        if "ema_network" in found:
+            self.start_ema()
+        elif self.ema_network is not None:
+            own = self._sampled_name + "."
+            weights |= {name.replace(own, "ema_network.", 1): w for name, w in weights.items() if name.startswith(own)}
+        networks = [name for name in (self._sampled_name, "ema_network", "discriminator") if name in found]
+        if self._sampled_name not in found:
+            raise ValueError(f"model.init_from: {path} holds no weights of a {self._sampled_name}.")
+        for name in {*networks, *(["ema_network"] if self.ema_network is not None else [])}:
+            _load(getattr(self, name), name, weights, path)
 
     @property
     @abstractmethod
@@ -95,6 +154,10 @@ class ImageGenerator(ImageClockModule):
         """Make slices in the form in which they are stored: uint8 (N, 5, H, W)."""
         return images_to_slices(self.generate(index.to(self.device), seed))
 
+    @property
+    def _sampled_name(self) -> str:
+        return next(name for name, module in self.named_children() if module is self.sampled_network)
+
     def start_ema(self) -> nn.Module:
         """Make the averaged copy of the network, equal to the network at first."""
         if self.ema_network is None:
@@ -106,6 +169,13 @@ class ImageGenerator(ImageClockModule):
         super().on_load_checkpoint(checkpoint)
         if any(key.startswith("ema_network.") for key in checkpoint["state_dict"]):
             self.start_ema()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the channels that the generator makes."""
+        super().on_save_checkpoint(checkpoint)
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
+        if datamodule is not None:
+            checkpoint["channels"] = list(datamodule.channels)
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """The indices of the images that this rank is to make."""
@@ -120,3 +190,22 @@ class ImageGenerator(ImageClockModule):
         if self.image_plan is None:
             raise ValueError("Nothing says which images to make: add callbacks.SyntheticDataset to trainer.callbacks.")
         return self.image_plan
+
+
+def _load(network: nn.Module, name: str, weights: dict[str, Tensor], path: str) -> None:
+    """Load the weights `<name>.*` strictly, saying what does not fit."""
+    theirs = {key.removeprefix(name + "."): w for key, w in weights.items() if key.startswith(name + ".")}
+    ours = network.state_dict()
+    wrong = [f"{key} is missing" for key in ours if key not in theirs]
+    wrong += [f"{key} is unknown" for key in theirs if key not in ours]
+    wrong += [
+        f"{key} is {tuple(theirs[key].shape)} instead of {tuple(w.shape)}"
+        for key, w in ours.items()
+        if key in theirs and theirs[key].shape != w.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"model.init_from: the {name} of {path} does not fit the configured one: {'; '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. `standin import` writes the fitting model.yaml."
+        )
+    network.load_state_dict(theirs)

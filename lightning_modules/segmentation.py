@@ -114,6 +114,7 @@ class SegmentationModule(ImageClockModule):
         target = batch["slices"][:, 4:].long()
         loss = self.deep_supervision_loss(logits, target)
         self.log_mean("loss/train", loss)
+        self.advance(len(logits))
         return loss
 
     def deep_supervision_loss(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -41,22 +41,43 @@ def write_slice_set(root: Path, size_px: int = 16, slices_per_patient: int = 6, 
     return root
 
 
-def stylegan2_args(run_dir: Path, slices: Path) -> list[str]:
-    """A StyleGAN 2 of 16 px that sees 48 images; every phase is due in the first iteration."""
-    network = {"img_resolution": 16, "channel_base": 128, "channel_max": 12}
+_STYLE = {"img_resolution": 16, "channel_base": 128, "channel_max": 12}
+_GROWN = {"img_resolution": 16, "fmap_base": 64, "fmap_max": 12}
+_GROWING = [
+    "--model.growing.img_resolution=16",
+    "--model.growing.training_kimg=0.016",
+    "--model.growing.transition_kimg=0.048",  # 48 images end in the middle of a fade-in
+    "--model.growing.minibatch={4: 16, 8: 8, 16: 8}",
+]
+GENERATORS: dict[str, tuple[dict[str, int], list[str]]] = {
+    "stylegan2": (_STYLE, ["--model.path_length_weight=2", "--model.r1_interval=2"]),
+    "stylegan3_t": (_STYLE, ["--model.generator.init_args.num_layers=4", "--model.r1_interval=2"]),
+    "stylegan3_r": (_STYLE, ["--model.generator.init_args.num_layers=4", "--model.r1_interval=2"]),
+    "stylegan1": (_GROWN, _GROWING),
+    "progressive_gan": (_GROWN, _GROWING),
+}
+
+
+def generator_args(model: str, run_dir: Path, slices: Path) -> list[str]:
+    """A generator of 16 px that sees 48 images; every phase is due in the first iteration."""
+    network, options = GENERATORS[model]
     words = [f"--model.{net}.init_args.{k}={v}" for net in ("generator", "discriminator") for k, v in network.items()]
     return [
-        "--config=configs/laptop/stylegan2.yaml",
+        f"--config=configs/laptop/{model}.yaml",
         f"--run_dir={run_dir}",
         f"--data.root={slices}",
         *words,
-        "--model.path_length_weight=2",
-        "--model.r1_interval=2",
-        "--data.batch_size=8",
+        *options,
+        "--data.batch_size=16" if network is _GROWN else "--data.batch_size=8",
         "--data.epoch_images=16",
         "--trainer.max_epochs=3",
         "--synthetic_slices=100",
     ]
+
+
+def stylegan2_args(run_dir: Path, slices: Path) -> list[str]:
+    """The StyleGAN 2 of `generator_args`."""
+    return generator_args("stylegan2", run_dir, slices)
 
 
 def unet_args(run_dir: Path, slices: Path) -> list[str]:
@@ -70,6 +91,22 @@ def unet_args(run_dir: Path, slices: Path) -> list[str]:
         "--data.epoch_images=16",
         "--trainer.max_epochs=3",
     ]
+
+
+def shrunk(config: Path, run_dir: Path, slices: Path) -> list[str]:
+    """A shipped configuration at 16 px, with narrow networks, for one iteration and 4 synthetic slices."""
+    text = config.read_text()
+    common = ["--data.batch_size=8", "--data.epoch_images=8", "--data.num_workers=0", "--trainer.max_epochs=1"]
+    start = [f"--config={config}", f"--run_dir={run_dir}", f"--data.root={slices}"]
+    if "SegmentationModule" in text:
+        small = ("kernel_size=[3, 3, 3]", "strides=[1, 2, 2]", "upsample_kernel_size=[2, 2]", "filters=[4, 6, 8]")
+        own = [f"--model.network.init_args.{word}" for word in (*small, "deep_supr_num=1")]
+        return [*start, *own, *common]
+    network = _GROWN if "growing:" in text else _STYLE
+    words = [f"--model.{net}.init_args.{k}={v}" for net in ("generator", "discriminator") for k, v in network.items()]
+    if "growing:" in text:
+        words += ["--model.growing.img_resolution=16", "--model.growing.minibatch={4: 8, 8: 8, 16: 4}"]
+    return [*start, *words, *common, "--synthetic_slices=4"]
 
 
 def train(args: list[str], launcher: list[str] | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:

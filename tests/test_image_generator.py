@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -53,14 +51,17 @@ class Toy(ImageGenerator):
     ids=["no ramp", "ramp: half-life 4 images", "ramp is over", "first batch"],
 )
 def test_average_moves_towards_the_weights_by_the_half_life(rampup, images_before, expected):
-    model = Toy()
+    model, ema = Toy(), EMA(halflife_kimg=0.008, rampup=rampup)
     average = model.start_ema()
     torch.nn.init.ones_(model.network.weight)
     model.images_seen = images_before
-    batch = {"slices": torch.zeros(8, 5, 1, 1)}
-    EMA(halflife_kimg=0.008, rampup=rampup).on_train_batch_end(SimpleNamespace(world_size=1), model, None, batch, 0)
+    ema.on_train_start(None, model)
+    model.images_seen += 8
+    ema.on_train_batch_end(None, model, None, None, 0)
     assert float(average.weight) == pytest.approx(expected)
     assert not average.weight.requires_grad
+    ema.on_before_optimizer_step(None, model, None)  # the clock has not moved
+    assert float(average.weight) == pytest.approx(expected)
 
 
 def test_checkpoint_with_an_average_makes_room_for_it():

@@ -5,10 +5,16 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from fake_slices import stylegan2_args, train, unet_args, write_slice_set
+from fake_slices import GENERATORS, generator_args, stylegan2_args, train, unet_args, write_slice_set
 
 from datamodules.slice_set import SliceSet
+
+AUGMENTATION = [
+    "--model.augmentation=lightning_modules.ada.AdaptiveAugmentation",
+    "--model.augmentation.init_args={p: 0.3, adjust_kimg: 0.1, adjust_interval: 2}",
+]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -35,9 +41,12 @@ def killed_once(command: list[str], tmp_path: Path, epoch: int = 1) -> list[str]
     ]
 
 
-def test_killed_and_restarted_stylegan2_equals_uninterrupted(slice_set: Path, tmp_path: Path) -> None:
-    train(stylegan2_args(tmp_path / "whole", slice_set))
-    command = killed_once(stylegan2_args(tmp_path / "killed", slice_set), tmp_path)
+@pytest.mark.parametrize("model", GENERATORS)
+def test_killed_and_restarted_generator_equals_uninterrupted(model: str, slice_set: Path, tmp_path: Path) -> None:
+    options = AUGMENTATION if model == "stylegan2" else []
+    train([*generator_args(model, tmp_path / "whole", slice_set), *options])
+    # The growing models are resumed in the middle of a fade-in.
+    command = killed_once([*generator_args(model, tmp_path / "killed", slice_set), *options], tmp_path, epoch=2)
     assert train(command, check=False).returncode == -signal.SIGKILL
     train(command)
     same = ["synthetic/slices-00000.npy", "synthetic/index.parquet", "memorization.csv"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fake_slices import ROOT, stylegan2_args, train, unet_args
+import torch
+from fake_slices import ROOT, shrunk, stylegan2_args, train, unet_args
 from scipy.stats import pearsonr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -37,6 +38,14 @@ def test_shipped_configurations_are_valid(config, capsys):
         main(["--config", str(config), "--print_config"])
     assert stopped.value.code == 0
     assert "class_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_shipped_configurations_train_and_do_what_follows(config, slice_set, tmp_path):
+    train(shrunk(config, tmp_path, slice_set))
+    outcome = "dice_per_patient.csv" if "unet" in config.name else "synthetic/dataset.json"
+    assert (tmp_path / outcome).exists()
+    assert json.loads((tmp_path / "run.json").read_text())["images_seen"] == 8
 
 
 def test_generator_run_leaves_a_synthetic_set(generator_run, slice_set):
@@ -133,3 +142,46 @@ def test_bad_options_are_refused_with_the_reason(option, words, slice_set, tmp_p
 def test_predict_without_a_checkpoint_says_to_train_first(slice_set, tmp_path):
     with pytest.raises(SystemExit, match=r"there is none\. Train first"):
         main([*stylegan2_args(tmp_path / "run", slice_set), "--task=predict"])
+
+
+def test_training_starts_from_the_networks_of_another_run(generator_run, slice_set, tmp_path):
+    source = generator_run / "checkpoints" / "last.ckpt"
+    common = [*stylegan2_args(tmp_path / "run", slice_set), f"--model.init_from={source}", "--model.generator_lr=0"]
+    train([*common, "--task=predict"])
+    ours, theirs = (read_manifest(run / "synthetic").content for run in (tmp_path / "run", generator_run))
+    assert ours["weights_sha256"] == theirs["weights_sha256"]
+    assert ours["images_seen"] == 0
+
+    train([*common, "--trainer.max_epochs=1", "--task=fit"])
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (source, _last(tmp_path / "run")))
+    weights = [name for name in before if name.startswith("generator.") and name.endswith("weight")]
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert not torch.equal(before["discriminator.b4.out.weight"], after["discriminator.b4.out.weight"])
+
+
+def test_networks_that_do_not_fit_are_refused_with_their_shapes(generator_run, slice_set, tmp_path):
+    source = generator_run / "checkpoints" / "last.ckpt"
+    args = [*stylegan2_args(tmp_path / "run", slice_set), f"--model.init_from={source}"]
+    refused = train([*args, "--model.generator.init_args.w_dim=32"], check=False)
+    assert refused.returncode != 0
+    assert "does not fit the configured one" in refused.stderr
+    assert "instead of (" in refused.stderr
+
+
+def _last(run_dir):
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def test_conditional_generator_emits_tumours_in_the_proportion_of_the_training(slice_set, tmp_path):
+    classes = ["--model.generator.init_args.c_dim=2", "--model.discriminator.init_args.c_dim=2"]
+    train([*stylegan2_args(tmp_path, slice_set), *classes, "--trainer.max_epochs=1", "--task=fit"])
+    counts = torch.load(_last(tmp_path), weights_only=True)["state_dict"]["class_counts"]
+    training = SliceSet(slice_set, "train")
+    assert counts.sum() == 16
+    assert counts[1] >= counts[0]  # most fake slices show a tumour
+    assert (training.read(range(len(training)))[:, 4].reshape(len(training), -1).max(axis=1) > 0).mean() > 0.5
+
+
+def test_number_of_classes_that_the_data_does_not_have_is_refused(slice_set, tmp_path):
+    refused = train([*stylegan2_args(tmp_path, slice_set), "--model.generator.init_args.c_dim=3"], check=False)
+    assert "2 for slices without and with tumour, but are 3 and 0" in refused.stderr
