@@ -80,8 +80,12 @@ def terms(job: Job) -> dict[str, tuple[Callable[[], None], int]]:
     import torch
     from torch import Tensor
 
-    from lightning_modules.losses import discriminator_logistic_loss, generator_nonsaturating_loss
-    from lightning_modules.losses import path_lengths, r1_penalty
+    from lightning_modules.losses import (
+        discriminator_logistic_loss,
+        generator_nonsaturating_loss,
+        path_lengths,
+        r1_penalty,
+    )
 
     generator, discriminator = (network.to(job.device).train() for network in build(job))
     optimizers = {n: torch.optim.Adam(n.parameters(), lr=0.002, betas=(0.0, 0.99)) for n in (generator, discriminator)}

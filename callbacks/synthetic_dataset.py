@@ -15,6 +15,7 @@ import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from datamodules.shards import ShardWriter
 from datamodules.slice_set import class_pixels, finish_slice_set, read_manifest, save_shard, write_atomically
 from lightning_modules.image_generator import ImageGenerator, ImagePlan
 
@@ -30,17 +31,17 @@ class SyntheticDataset(Callback):
         slices: how many images.
         seed: image i depends on the weights, this seed and i.
         batch_size: images made at once.
-        shard_slices: slices per file of the finished set.
+        shard_mib: largest size of a file of the finished set.
     """
 
-    def __init__(self, slices: int = 10_000, seed: int = 0, batch_size: int = 64, shard_slices: int = 4096) -> None:
-        for name, value in (("slices", slices), ("batch_size", batch_size), ("shard_slices", shard_slices)):
+    def __init__(self, slices: int = 10_000, seed: int = 0, batch_size: int = 64, shard_mib: int = 1024) -> None:
+        for name, value in (("slices", slices), ("batch_size", batch_size), ("shard_mib", shard_mib)):
             if value < 1:
                 raise ValueError(f"SyntheticDataset: expected {name} to be at least 1, but got {value}.")
         self.slices = slices
         self.seed = seed
         self.batch_size = batch_size
-        self.shard_slices = shard_slices
+        self.shard_mib = shard_mib
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the generator which images to make."""
@@ -103,16 +104,13 @@ class SyntheticDataset(Callback):
     def _assemble(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for leftover in self.partial.glob("slices-*.npy"):
             leftover.unlink()
-        waiting: list[np.ndarray] = []
-        labels, shard = [], 0
+        labels = []
+        writer: ShardWriter | None = None
         for start in range(0, self.slices, self.batch_size):
-            part = np.load(self._part(start))[: self.slices - start]
+            part = np.load(self._part(start), mmap_mode="r")[: self.slices - start]
             labels.append(class_pixels(part[:, -1]))
-            waiting.append(part)
-            ready = sum(len(array) for array in waiting)
-            if ready >= self.shard_slices or start + self.batch_size >= self.slices:
-                save_shard(self.partial / f"slices-{shard:05d}.npy", np.concatenate(waiting))
-                waiting, shard = [], shard + 1
+            writer = writer or ShardWriter(self.partial, part.shape[1:], self.slices, self.shard_mib)
+            writer.write(part)
         name = [f"synthetic-{self.weights[:8]}-{self.seed}-{i:07d}" for i in range(self.slices)]
         index = pd.concat(labels, ignore_index=True).assign(patient=name, volume=name, z=0, split="train")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -161,7 +161,7 @@ def write(official: OfficialCheckpoint, names: Sequence[str], source: dict[str, 
         },
         "images_seen": 0,
         "channels": [names[index] for index in order],
-        "arguments": {prefix: network.arguments for prefix, network in official.networks.items()},
+        "init_args": {prefix: network.init_args() for prefix, network in official.networks.items()},
         "imported_from": source,
         "augment_p": official.augment_p,
         "lod": official.lod,
@@ -183,7 +183,7 @@ def write(official: OfficialCheckpoint, names: Sequence[str], source: dict[str, 
 def model_yaml(official: OfficialCheckpoint, source: dict[str, str], out: Path) -> str:
     """Configure our training rule to start from the imported weights."""
     arguments: dict[str, Any] = {
-        name: {"class_path": network.class_path, "init_args": network.arguments}
+        name: {"class_path": network.class_path, "init_args": network.init_args()}
         for name, network in official.networks.items()
         if name != "ema_network"
     }

@@ -8,11 +8,12 @@ names of parameters and buffers are ours already.
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.pickled_networks import ModuleRecord, dict_of
 
@@ -20,6 +21,8 @@ NETWORKS = "lightning_modules.networks"
 LARGEST_NUMBER = 2**20
 LONGEST_LIST = 64
 SHOWN = 3
+FREE = ("num_half_res", "half_dtype", "freeze_layers")
+"""Arguments that say how a network is computed and trained, not what it is: left to the configuration."""
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -40,6 +43,14 @@ class OfficialNetwork:
     weights: dict[str, Tensor]
     to_image: str = r"(^|\.)(torgb|ToRGB_lod\d+)\.(weight|bias)"
     from_image: str = r"(^|\.)(fromrgb|FromRGB_lod\d+)\.weight"
+
+    def init_args(self) -> dict[str, Any]:
+        """All arguments that make the network what it is, so that no other configuration can shine through."""
+        if self.class_path is None:
+            return self.arguments
+        parameters = inspect.signature(our_class(self.class_path)).parameters.values()
+        values = {p.name: self.arguments.get(p.name, p.default) for p in parameters if p.name not in FREE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -211,10 +222,12 @@ def _recorded(module: ModuleRecord, name: str, default: Any) -> Any:
 
 
 def plain(value: Any, name: str) -> Any:
-    """Let numbers, texts and short lists of them pass, if they are not so large that a network would never be built."""
+    """Let numbers, words and short lists of them pass, if they are not so large that a network would never be built."""
     items = value if type(value) is list else [value]
     if len(items) > LONGEST_LIST or any(type(item) not in PLAIN for item in items):
-        raise ValueError(f"the setting {name!a:.40} is neither a number, a text, nor a short list of them")
+        raise ValueError(f"the setting {name!a:.40} is neither a number, a word, nor a short list of them")
+    if any(type(item) is str and not item.isidentifier() for item in items):  # configurations would resolve "${...}"
+        raise ValueError(f"the setting {name!a:.40} is not a single word")
     if any(type(item) in (int, float) and not abs(item) <= LARGEST_NUMBER for item in items):
         raise ValueError(f"the setting {name!a:.40} is out of range")
     return value
@@ -256,10 +269,16 @@ def expected_weights(class_path: str, arguments: dict[str, Any]) -> dict[str, Te
     Raises:
         ValueError: if an argument is impossible.
     """
-    module, _, name = class_path.rpartition(".")
     try:
         with torch.device("meta"):
-            state: dict[str, Tensor] = getattr(importlib.import_module(module), name)(**arguments).state_dict()
+            state: dict[str, Tensor] = our_class(class_path)(**arguments).state_dict()
     except Exception as error:  # constructors trust their arguments; those of a file may be anything plain
         raise ValueError(f"no {class_path} can be built with {arguments}: {error}") from error
     return state
+
+
+def our_class(class_path: str) -> type[nn.Module]:
+    """Find one of our networks."""
+    module, _, name = class_path.rpartition(".")
+    network: type[nn.Module] = getattr(importlib.import_module(module), name)
+    return network

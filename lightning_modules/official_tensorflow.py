@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
 
 from lightning_modules.networks import tensorflow_weights
@@ -42,7 +41,7 @@ def tensorflow_checkpoint(
         f"network pickle of {kind} (TensorFlow)",
         model,
         {name: convert(record) for name, record in networks.items()},
-        lod=float(average.variables.get("lod", np.zeros(()))),
+        lod=_level_of_detail(average),
     )
 
 
@@ -64,22 +63,22 @@ def convert(record: NetworkRecord) -> OfficialNetwork:
     arguments = {name: plain(value, name) for name, value in (arguments | record.arguments).items()}
     if function == "G_style":
         arguments["mapping_layers"] = sum(bool(MAPPING_LAYER.fullmatch(name)) for name in variables)
-    if function == "G_paper":  # None there stands for the width of the first layer
-        first = variables.get("4x4/Dense/weight", np.empty(0))
-        arguments["latent_size"] = len(first) - arguments.get("label_size", 0)
-    class_path, ours = our_arguments(function, arguments)
-    # Built as shapes first: a small file must not be able to ask for a large network.
-    needed = sum(weight.numel() for weight in expected_weights(class_path, ours).values())
-    if needed > 2 * sum(value.size for value in variables.values()):
-        raise ValueError(f"the variables of {function} are far fewer than a {class_path} with {ours} has")
-    network = tensorflow_weights.build(function, arguments)
-    tensorflow_weights.load(network, variables, arguments.get("fused_scale", "auto"))
+    try:
+        network_class, ours = tensorflow_weights.constructor(function, arguments)
+        class_path = f"{network_class.__module__}.{network_class.__name__}"
+        # Shapes first: a small file must not be able to ask for a large network.
+        needed = sum(weight.numel() for weight in expected_weights(class_path, ours).values())
+        if needed > 2 * sum(value.size for value in variables.values()):
+            raise ValueError(f"the variables of {function} are far fewer than a {class_path} with {ours} has")
+        network = network_class(**ours)
+        tensorflow_weights.load(network, variables, arguments.get("fused_scale", "auto"))
+    except Exception as error:  # names, shapes and arguments of a file may be anything plain
+        raise ValueError(f"the network of {function} does not fit: {error}") from error
     return OfficialNetwork(class_path, ours, network.state_dict())
 
 
-def our_arguments(function: tensorflow_weights.Function, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Give the path and the constructor arguments of our class for a build function with these arguments."""
-    signature = tensorflow_weights._SIGNATURES[function]
-    given = {**signature.defaults, **arguments}
-    ours = {signature.renamed[name]: value for name, value in given.items() if name in signature.renamed}
-    return f"{signature.network.__module__}.{signature.network.__name__}", ours
+def _level_of_detail(record: NetworkRecord) -> float:
+    lod = record.variables.get("lod")
+    if lod is None or lod.shape != ():
+        raise ValueError(f"the network of {record.function} has no level of detail")
+    return float(lod)

@@ -172,7 +172,7 @@ class _Machine:
     def find(self, name: str) -> Global:
         if name not in self.constructors:
             shown = name[:120].replace(" ", ".", 1)
-            raise ValueError(f"the global {shown!a} does not belong into a checkpoint; it was not imported")
+            raise ValueError(f"the global {shown!a} does not belong in a checkpoint; it was not imported")
         return Global(name, self.constructors[name])
 
     @staticmethod

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -68,6 +69,15 @@ def imported(path, out, channels=IN_FILE):
     return content, model, networks
 
 
+def assert_all_arguments_are_stated(model):
+    """A configuration that comes before must not decide what the network is, only how it is computed and trained."""
+    for name in ("generator", "discriminator"):
+        settings = model["init_args"][name]
+        module, _, class_name = settings["class_path"].rpartition(".")
+        possible = set(inspect.signature(getattr(importlib.import_module(module), class_name)).parameters)
+        assert possible - set(settings["init_args"]) <= {"num_half_res", "half_dtype", "freeze_layers"}
+
+
 def assert_close(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -126,6 +136,7 @@ def test_the_checkpoint_says_where_it_is_from(path, tmp_path):
     }
     assert model["class_path"] == f"lightning_modules.stylegan.StyleGAN{number}"
     assert model["init_args"]["init_from"] == str(tmp_path / "out" / "imported.ckpt")
+    assert_all_arguments_are_stated(model)
 
 
 def test_an_imported_generator_is_sampled_by_predict(tmp_path):
@@ -300,6 +311,7 @@ def test_tensorflow_pickles_make_the_images_and_scores_of_the_original(kind, pro
     assert_close(networks["ema_network"](tensors["in/z"]), tensors["out/lod0/images"][:, ORDER])
     assert_close(networks["discriminator"](tensors["in/images"][:, ORDER]), tensors["out/lod0/scores"])
     assert model["class_path"] == class_path
+    assert_all_arguments_are_stated(model)
     assert model["init_args"]["growing"] == {"img_resolution": 32, "lod_initial_resolution": 32}
     assert content["imported_from"]["kind"] == f"network pickle of {words} (TensorFlow)"
     assert content["lod"] == 0
@@ -308,8 +320,11 @@ def test_tensorflow_pickles_make_the_images_and_scores_of_the_original(kind, pro
 
 def test_the_level_of_detail_of_an_unfinished_network_is_kept():
     g, d, gs = read_network_pickle(progressive_gan(4)[0])
-    gs.variables["lod"] = np.float32(1.5)
+    gs.variables["lod"] = np.asarray(1.5)
     assert tensorflow_checkpoint(g, d, gs).lod == 1.5
+    gs.variables["lod"] = np.zeros(2)
+    with pytest.raises(ValueError, match="G_paper has no level of detail"):
+        tensorflow_checkpoint(g, d, gs)
 
 
 def test_tensorflow_networks_of_other_models_are_refused():
@@ -328,6 +343,8 @@ def test_tensorflow_networks_of_other_models_are_refused():
         (lambda g: g.arguments.update(resolution=2**30), "'resolution' is out of range"),
         (lambda g: g.arguments.update(use_pixelnorm=g), "'use_pixelnorm' is neither"),
         (lambda g: g.variables.update({"8x8/Conv1/weight": np.zeros((3, 3, 1, 1), np.float32)}), "Conv1"),
+        (lambda g: g.variables.update({"Conv0_up/weight": np.zeros(3, np.float32)}), "does not fit"),
+        (lambda g: g.arguments.update(label_size="many"), "does not fit"),
     ],
 )
 def test_tensorflow_variables_that_do_not_fit_are_refused(change, reason):
@@ -379,7 +396,7 @@ def test_state_dicts_of_diffusion_models_come_in(legacy, learn_sigma, num_classe
     assert set(content["state_dict"]) == {f"network.{name}" for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(content["state_dict"][f"network.{name}"], tensor), name
-    assert content["arguments"]["network"] == {
+    assert content["init_args"]["network"] == {
         "img_channels": 5,
         "model_channels": 16,
         "learn_sigma": learn_sigma,

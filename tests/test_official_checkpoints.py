@@ -164,6 +164,7 @@ def test_generators_of_stylegan3_t_and_r(radial):
         (["synthesis"], "img_resolution", 64, "no 'b64'"),
         (["synthesis"], "_init_kwargs", {"channel_base": -1}, "no .*StyleGAN2Generator can be built|instead of"),
         ([], "z_dim", float("nan"), "'z_dim' is out of range"),
+        (["synthesis", "b32"], "architecture", "${oc.env:HOME}", "'architecture' is not a single word"),
         ([], "w_dim", {"a": 1}, "'w_dim' is neither a number"),
         ([], "_modules", {}, "no 'synthesis'"),
     ],

@@ -19,9 +19,11 @@ from lightning_modules.pickled_tensors import (
     STORAGES,
     TENSORS,
     ArrayRecord,
+    NumberType,
     Storage,
     TensorRecord,
     read_legacy_stream,
+    read_numbers,
     read_zip_archive,
 )
 from lightning_modules.safe_pickle import read_pickle
@@ -204,6 +206,12 @@ def test_arrays_of_the_time_of_numpy_1_come_out_too():
     data = pickle.dumps(np.arange(3.0), 3).replace(b"numpy._core", b"numpy.core")
     assert b"numpy.core.multiarray" in data
     np.testing.assert_array_equal(read_network_pickle(data).value, [0, 1, 2])
+
+
+def test_texts_of_python_2_are_texts_and_the_bytes_of_its_arrays_too():
+    assert read_pickle(io.BytesIO(b"\x80\x02U\x02T1."), {}) == "T1"
+    content = struct.pack("<2f", 1.5, -2).decode("latin-1")
+    np.testing.assert_array_equal(read_numbers(NumberType("f4"), content, (2,), "C"), [1.5, -2])
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
