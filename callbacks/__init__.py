@@ -3,9 +3,19 @@
 from callbacks.atomic_checkpoint import AtomicCheckpointIO
 from callbacks.dice import Dice
 from callbacks.ema import EMA
+from callbacks.equivariance import Equivariance
 from callbacks.image_grid import ImageGrid
 from callbacks.memorization import Memorization
 from callbacks.run_record import RunRecord
 from callbacks.synthetic_dataset import SyntheticDataset
 
-__all__ = ["EMA", "AtomicCheckpointIO", "Dice", "ImageGrid", "Memorization", "RunRecord", "SyntheticDataset"]
+__all__ = [
+    "EMA",
+    "AtomicCheckpointIO",
+    "Dice",
+    "Equivariance",
+    "ImageGrid",
+    "Memorization",
+    "RunRecord",
+    "SyntheticDataset",
+]

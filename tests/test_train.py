@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_slices import ROOT, shrunk, stylegan2_args, train, unet_args
+from fake_slices import ROOT, generator_args, shrunk, stylegan2_args, train, unet_args
 from scipy.stats import pearsonr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -180,6 +180,22 @@ def test_conditional_generator_emits_tumours_in_the_proportion_of_the_training(s
     assert counts.sum() == 16
     assert counts[1] >= counts[0]  # most fake slices show a tumour
     assert (training.read(range(len(training)))[:, 4].reshape(len(training), -1).max(axis=1) > 0).mean() > 0.5
+
+
+def test_equivariance_of_stylegan3_is_logged(slice_set, tmp_path):
+    every_epoch = "--trainer.callbacks.every_n_epochs=1"  # of the last callback
+    train([*generator_args("stylegan3_r", tmp_path, slice_set), every_epoch, "--trainer.max_epochs=1", "--task=fit"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"equivariance/eqt_int_db", "equivariance/eqt_frac_db", "equivariance/eqr_db"} <= set(metrics)
+    other = [*stylegan2_args(tmp_path / "other", slice_set), "--trainer.callbacks+=callbacks.Equivariance"]
+    assert "measures StyleGAN 3" in train(other, check=False).stderr
+
+
+def test_adam_starts_anew_when_a_resolution_enters(slice_set, tmp_path):
+    train([*generator_args("progressive_gan", tmp_path, slice_set), "--task=fit"])
+    optimizers = torch.load(_last(tmp_path), weights_only=True)["optimizer_states"]
+    # 48 images: 16 and 16 at 4 px, then, as 8 px begins to enter, twice 8.
+    assert [int(max(state["step"] for state in o["state"].values())) for o in optimizers] == [2, 2]
 
 
 def test_number_of_classes_that_the_data_does_not_have_is_refused(slice_set, tmp_path):
