@@ -129,6 +129,13 @@ class AdversarialGenerator(ImageGenerator):
     def phases(self) -> Sequence[Phase]:
         """The terms of the objective in the order in which they are worked off."""
 
+    def start_from(self, path: str, channels: Sequence[str] | None = None) -> dict[str, Any]:
+        """Take over the networks of a checkpoint, at its level of detail; see `ImageGenerator.start_from`."""
+        content = super().start_from(path, channels)
+        if content.get("lod"):
+            self.set_lod(content["lod"])
+        return content
+
     def configure_optimizers(self) -> list[Optimizer]:
         """One Adam per network, adapted to the interval of its lazy regularization."""
         return [

@@ -97,18 +97,21 @@ class ImageGenerator(ImageClockModule):
             datamodule: Any = getattr(self.trainer, "datamodule", None)
             self.start_from(self.init_from, None if datamodule is None else datamodule.channels)
 
-    def start_from(self, path: str, channels: Sequence[str] | None = None) -> None:
+    def start_from(self, path: str, channels: Sequence[str] | None = None) -> dict[str, Any]:
         """Take over the networks of a checkpoint.
 
         Args:
             path: checkpoint of a run or of `standin import`; a network that it lacks keeps its weights.
             channels: names of the channels of the data, in order.
 
+        Returns:
+            The content of the checkpoint.
+
         Raises:
             ValueError: if the file cannot be read or its channels or weights do not fit.
         """
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             weights: dict[str, Tensor] = content["state_dict"]
         except Exception as error:
             raise ValueError(
@@ -131,6 +134,7 @@ class ImageGenerator(ImageClockModule):
             raise ValueError(f"model.init_from: {path} holds no weights of a {self._sampled_name}.")
         for name in {*networks, *(["ema_network"] if self.ema_network is not None else [])}:
             _load(getattr(self, name), name, weights, path)
+        return content
 
     @property
     @abstractmethod

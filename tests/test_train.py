@@ -159,6 +159,14 @@ def test_training_starts_from_the_networks_of_another_run(generator_run, slice_s
     assert not torch.equal(before["discriminator.b4.out.weight"], after["discriminator.b4.out.weight"])
 
 
+def test_networks_in_the_middle_of_a_fade_in_make_the_images_of_that_level(slice_set, tmp_path):
+    source, other = (generator_args("progressive_gan", tmp_path / name, slice_set) for name in ("source", "other"))
+    train(source)
+    train([*other, f"--model.init_from={_last(tmp_path / 'source')}", "--task=predict"])
+    ours, theirs = (SliceSet(tmp_path / name / "synthetic").read(range(100)) for name in ("other", "source"))
+    assert np.array_equal(ours, theirs)
+
+
 def test_networks_that_do_not_fit_are_refused_with_their_shapes(generator_run, slice_set, tmp_path):
     source = generator_run / "checkpoints" / "last.ckpt"
     args = [*stylegan2_args(tmp_path / "run", slice_set), f"--model.init_from={source}"]
