@@ -129,8 +129,9 @@ class StyleGAN(AdversarialGenerator):
 
     def update_w_avg(self, ws: Tensor) -> None:
         """Move the mean of w towards that of these styles (N, num_ws, w_dim)."""
+        decay = self.w_avg_decay ** (1 / self.micro_batches)
         with torch.no_grad():
-            self.generator.update_w_avg(self.mean_over_ranks(ws[:, 0].detach()), self.w_avg_decay)
+            self.generator.update_w_avg(self.mean_over_ranks(ws[:, 0].detach()), decay)
 
     def generator_loss(self, samples: Samples) -> Tensor:
         """Non-saturating loss of new fakes."""
@@ -256,7 +257,8 @@ class StyleGAN2(StyleGAN):
         ws = self.mixed_styles(samples, 1)
         images = self.synthesize(ws, samples, 1)
         lengths = path_lengths(images, ws, self.path_direction(samples.position, images.shape[1:]))
-        mean = self.path_length_mean.lerp(self.mean_over_ranks(lengths), self.path_length_decay)
+        share = 1 - (1 - self.path_length_decay) ** (1 / self.micro_batches)
+        mean = self.path_length_mean.lerp(self.mean_over_ranks(lengths), share)
         self.path_length_mean.copy_(mean.detach())
         penalty = (lengths - mean).square()
         self.log_mean("loss/path_length", penalty)

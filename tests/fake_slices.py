@@ -1,8 +1,11 @@
 """A small slice set with round heads and round tumours, and the command lines that train tiny models on it."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +112,39 @@ def shrunk(config: Path, run_dir: Path, slices: Path) -> list[str]:
     return [*start, *words, *common, "--synthetic_slices=4"]
 
 
+# A server that has imported everything forks the training processes, so that each begins at once.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["train", "callbacks", "lightning_modules.stylegan1", "lightning_modules.progressive_gan"]
+)
+
+
+def _run_train(args: list[str], folder: str) -> None:
+    """Be `python train.py args` in a process of its own, with its output in two files."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    os.environ.update(environment())
+    sys.argv = [str(ROOT / "train.py"), *args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def train(args: list[str], launcher: list[str] | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run train.py as a user does, on one thread, so that results repeat bit for bit."""
     command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *args]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    if launcher is not None:
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the server when it imports torch
+        with tempfile.TemporaryDirectory() as folder:
+            process = _SERVER.Process(target=_run_train, args=(args, folder))
+            process.start()
+            process.join(timeout=300)
+            if process.exitcode is None:
+                process.kill()
+                raise AssertionError(f"{command} did not end within 300 s")
+            out, err = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
+            done = subprocess.CompletedProcess(command, process.exitcode, out, err)
     if check and done.returncode:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
@@ -120,5 +152,5 @@ def train(args: list[str], launcher: list[str] | None = None, check: bool = True
 
 def environment() -> dict[str, str]:
     """The environment of a training process of the tests."""
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "160"}
