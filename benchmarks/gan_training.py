@@ -62,7 +62,7 @@ def build(job: Job) -> tuple[Any, Any]:
     from lightning_modules.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
     from lightning_modules.networks.stylegan3 import StyleGAN3Generator
 
-    half: dict[str, Any] = {"conv_clamp": 256}  # as published, in float32 too
+    half: dict[str, Any] = {"conv_clamp": 256}  # the published default, in float32 too
     if job.precision != "float32":
         half |= {"num_half_res": 4, "half_dtype": job.precision}
     widths = {"channel_base": job.channel_base, "channel_max": job.channel_max}

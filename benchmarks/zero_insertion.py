@@ -35,10 +35,8 @@ def upfirdn2d(
     (ux, uy), (dx, dy) = _both(up), _both(down)
     margins = [padding] * 4 if isinstance(padding, int) else list(padding)
     margins = margins if len(margins) == 4 else [margins[0], margins[0], margins[1], margins[1]]
-    if ux > 1 or uy > 1:
-        spaced = F.pad(x[:, :, :, None, :, None], [0, ux - 1, 0, 0, 0, uy - 1])
-        x = spaced.reshape(n, channels, height * uy, width * ux)
-    x = F.pad(x, margins)
+    x = F.pad(x[:, :, :, None, :, None], [0, ux - 1, 0, 0, 0, uy - 1])
+    x = F.pad(x.reshape(n, channels, height * uy, width * ux), margins)
     f = x.new_ones(1) if f is None else f.to(x.dtype)
     f = f * gain ** (f.ndim / 2)
     f = f if flip_filter else f.flip(list(range(f.ndim)))
@@ -68,27 +66,38 @@ def filtered_lrelu(
     return upfirdn2d(x, fd, 1, down, 0, flip_filter)
 
 
-def grouped_modulated_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    styles: Tensor,
-    bias: Tensor,
-    demodulate: bool,
-    padding: int,
-    normalize: bool,
-    input_gain: Tensor,
+def stylegan3_layer(
+    self: stylegan3.SynthesisLayer, x: Tensor, w: Tensor, update_emas: stylegan3.MeanOverProcesses | None = None
 ) -> Tensor:
-    """`operators.modulated_conv2d` as StyleGAN 3 has it: one group per sample, with modulated weights."""
+    """As `stylegan3.SynthesisLayer.forward`: a grouped convolution with modulated weights, one group per sample."""
+    if update_emas is not None:
+        with torch.no_grad():
+            magnitude = update_emas(x.float().square().mean())
+            self.magnitude_ema.copy_(magnitude.lerp(self.magnitude_ema, self.magnitude_ema_beta))
     n, channels = x.shape[:2]
-    if normalize and demodulate:
+    weight, styles = self.weight, self.affine(w)
+    if self.is_torgb:
+        weights = weight * (styles / math.sqrt(weight[0].numel()))[:, None, :, None, None]  # (N, C_out, C_in, k, k)
+    else:
         weight = weight * weight.square().mean((1, 2, 3), keepdim=True).rsqrt()
         styles = styles * styles.square().mean().rsqrt()
-    w = weight * styles[:, None, :, None, None]  # (N, C_out, C_in, kh, kw)
-    if demodulate:
-        w = w * (w.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
-    w = (w * input_gain).to(x.dtype)
-    y = F.conv2d(x.reshape(1, n * channels, *x.shape[2:]), w.flatten(0, 1), padding=padding, groups=n)
-    return y.reshape(n, -1, *y.shape[2:]) + bias.to(x.dtype)[:, None, None]
+        weights = weight * styles[:, None, :, None, None]
+        weights = weights * (weights.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+    weights = (weights * self.magnitude_ema.rsqrt()).to(self.dtype)
+    grouped = x.to(self.dtype).reshape(1, n * channels, *x.shape[2:])
+    y = F.conv2d(grouped, weights.flatten(0, 1), padding=weight.shape[2] - 1, groups=n)
+    return filtered_lrelu(
+        y.reshape(n, -1, *y.shape[2:]),
+        self.up_filter,
+        self.down_filter,
+        self.bias,
+        self.up,
+        self.down,
+        [*self.padding, *self.padding],
+        1 if self.is_torgb else math.sqrt(2),
+        1 if self.is_torgb else 0.2,
+        self.conv_clamp,
+    )
 
 
 def _convolution(
@@ -122,7 +131,6 @@ def install() -> None:
     operators.upfirdn2d = upfirdn2d
     operators.conv2d = _convolution
     operators.conv_transpose2d = _transposed_convolution
-    stylegan3.filtered_lrelu = filtered_lrelu
-    stylegan3.modulated_conv2d = grouped_modulated_conv2d
-    for module in (layers, stylegan2, stylegan2_discriminator, stylegan3):
+    stylegan3.SynthesisLayer.forward = stylegan3_layer
+    for module in (layers, stylegan2, stylegan2_discriminator):
         module.fast_layout = _default_layout

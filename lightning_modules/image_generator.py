@@ -209,7 +209,7 @@ def _load(network: nn.Module, name: str, weights: dict[str, Tensor], path: str) 
     ]
     if wrong:
         raise ValueError(
-            f"model.init_from: the {name} of {path} does not fit the configured one: {'; '.join(wrong[:5])}"
-            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. `standin import` writes the fitting model.yaml."
+            f"model.init_from: the {name} of {path} does not fit the configured one ({len(wrong)} weights): "
+            f"{'; '.join(wrong[:5])}. `standin import` writes the fitting model.yaml."
         )
     network.load_state_dict(theirs)

@@ -46,7 +46,7 @@ def test_generators_on_two_processes(model: str, slice_set: Path, tmp_path: Path
     epochs = 2 if model in ("stylegan1", "progressive_gan") else 1  # into the fade-in
     train([*command, f"--trainer.max_epochs={epochs}"])
     train([*command, f"--trainer.max_epochs={epochs}", f"--run_dir={two}", "--trainer.devices=2", "--task=fit"])
-    # Adam turns rounding errors of small gradients into steps: one StyleGAN 1 on two threads instead of one ends 1e-2 of
+    # Adam turns rounding errors of small gradients into steps: StyleGAN 1 on two threads instead of one ends 1e-2 of
     # the way apart in the layer that has just entered. A lost sample would make a difference of the order 1.
     assert_same_training(one, two, start_weights(command), share=2e-2 if model == "stylegan1" else 5e-3)
 

@@ -2,12 +2,15 @@
 
 Karras, Aittala, Laine, Härkönen, Hellsten, Lehtinen, Aila, "Alias-free generative adversarial networks" (StyleGAN 3),
 NeurIPS 2021, arXiv 2106.12423, sections 2 and 3.1 and appendices B and C: a pointwise nonlinearity makes frequencies
-above the limit of its sampling grid, so it is applied to an upsampled signal, which is then low-pass filtered and
+above what its sampling grid can represent, so it is applied to an upsampled signal, which is then low-pass filtered and
 downsampled.
+
+No zeros are inserted and nothing is filtered that is thrown away: downsampling is a strided depthwise convolution,
+upsampling a transposed one. Upsampled signals are made for a few samples at a time, and again for the gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,13 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_modules.networks.operators import _margins as margins
-from lightning_modules.networks.operators import upfirdn2d
+_CHUNK_BYTES = 2**23  # of an upsampled signal on the CPU: measured; more does not stay in the caches
 
 
-def design_lowpass_filter(
-    numtaps: int, cutoff: float, width: float, fs: float, radial: bool = False
-) -> Tensor | None:
+def design_lowpass_filter(numtaps: int, cutoff: float, width: float, fs: float, radial: bool = False) -> Tensor | None:
     """Kaiser-windowed low-pass filter with unit gain at zero frequency (appendix C).
 
     Args:
@@ -29,7 +29,7 @@ def design_lowpass_filter(
         cutoff: Frequency of half amplitude, in the units of `fs`.
         width: Width of the transition band, in the units of `fs`.
         fs: Sampling rate of the filter.
-        radial: Make a 2-D filter whose ideal response is a disc, radially symmetric up to the square window.
+        radial: Make a 2-D filter whose ideal response is a disc: a jinc instead of a sinc.
 
     Returns:
         (numtaps,), or (numtaps, numtaps) for a radial filter, float32; None for the identity.
@@ -37,165 +37,254 @@ def design_lowpass_filter(
     if numtaps == 1:
         return None
     if not 0 < cutoff < fs / 2:
-        raise ValueError(f"The cutoff of a low-pass filter lies between 0 and half of fs {fs}; got {cutoff}.")
-    # Kaiser's formulas (Kaiser 1974): transition width -> attenuation in dB -> shape of the window.
+        raise ValueError(f"The cutoff of a low-pass filter lies between 0 and half of fs={fs}; got {cutoff}.")
+    # Kaiser's empirical formulas (1974): width of the transition -> attenuation in dB -> shape of the window.
     attenuation = 2.285 * (numtaps - 1) * math.pi * width / (fs / 2) + 7.95
     if attenuation > 50:
         beta = 0.1102 * (attenuation - 8.7)
     else:
-        beta = 0.5842 * max(attenuation - 21, 0) ** 0.4 + 0.07886 * max(attenuation - 21, 0)
+        excess = max(attenuation - 21, 0)
+        beta = 0.5842 * excess**0.4 + 0.07886 * excess
     window = torch.kaiser_window(numtaps, periodic=False, beta=beta, dtype=torch.float64)
     t = (torch.arange(numtaps, dtype=torch.float64) - (numtaps - 1) / 2) / fs  # (numtaps,)
     if radial:
-        r = torch.hypot(t[:, None], t).clamp(min=1e-9 / fs)  # at 0 the jinc is its limit, up to rounding
+        r = torch.hypot(t[:, None], t).clamp(min=1e-6 / fs)  # (numtaps, numtaps); the jinc is finite at 0
         f = torch.special.bessel_j1(2 * math.pi * cutoff * r) / r * torch.outer(window, window)
     else:
         f = torch.sinc(2 * cutoff * t) * window
-    return (f / f.sum()).float()
+    return cast(Tensor, (f / f.sum()).float())
 
 
-class _Geometry(NamedTuple):
-    """What :func:`filtered_lrelu` does to each sample: y = D a(U x), with linear resamplings U and D."""
+class Resampling(NamedTuple):
+    """Strided depthwise convolutions (`gather`) and their adjoint (`spread`): transposed ones with the same kernels.
 
-    up_filter: Tensor | None
-    down_filter: Tensor | None
-    up: int
-    down: int
-    rows: slice  # of the input that are used; negative padding drops the others
-    columns: slice
-    padding: tuple[int, int, int, int]  # of what is left
+    Attributes:
+        kernels: (C, 1, kh, kw), applied one after the other: two for a separable filter.
+        strides: (y, x) of each.
+        paddings: (y, x) of each, at the higher rate.
+    """
+
+    kernels: list[Tensor]
+    strides: list[tuple[int, int]]
+    paddings: list[tuple[int, int]]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """To the lower rate."""
+        for kernel, stride, padding in zip(*self, strict=True):
+            x = torch.conv2d(x, kernel, None, stride, padding, 1, x.shape[1])
+        return x
+
+    def spread(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """To the higher rate with `size` = (H, W); several sizes have the same lower one."""
+        for kernel, stride, padding in zip(*self, strict=True):
+            axes = zip(size, x.shape[2:], stride, kernel.shape[2:], padding, strict=True)
+            extra = [n - (m - 1) * s - k + 2 * p if k * s > 1 else 0 for n, m, s, k, p in axes]
+            x = torch.conv_transpose2d(x, kernel, None, stride, padding, extra, x.shape[1])
+        return x
+
+
+def _resampling(f: Tensor, factor: int, padding: tuple[int, int], gain: float, channels: int) -> Resampling:
+    """`f` correlates in `gather` and convolves in `spread`; 1-D filters run along x, then along y."""
+    if f.ndim == 2:
+        filters, strides, paddings = [f * gain], [(factor, factor)], [padding]
+    else:
+        f = f * math.sqrt(gain)
+        filters, strides, paddings = (
+            [f[None], f[:, None]],
+            [(1, factor), (factor, 1)],
+            [(0, padding[1]), (padding[0], 0)],
+        )
+    return Resampling([f.repeat(channels, 1, 1, 1) for f in filters], strides, paddings)
+
+
+def _alignment(before: int, after: int, up: int, taps: int) -> tuple[int, int, int]:
+    """Express the padding of an upsampled signal by samples that are added before upsampling.
+
+    Returns:
+        Samples to add at the beginning and at the end (to drop, where negative), and the pixels that the transposed
+        convolution of these samples must crop at both ends; at the end less, if the size of the result says so.
+    """
+    first, last = min(0, before // up), min(0, -(-after // up))  # a sample is followed by up - 1 zeros
+    before, after = before - first * up, after - last * up
+    more_first, more_last = max(0, -((after - before + up - 1) // up)), max(0, -((before - after) // up))
+    before -= more_first * up
+    both = max(0, -((taps - 1 - before) // up))
+    return first + more_first + both, last + more_last + both, taps - 1 - before + both * up
+
+
+class FilteredActivation(NamedTuple):
+    """y = D a(U x) for signals of one size, with linear resamplings U, D and a leaky ReLU a; and its derivatives.
+
+    These work on plain tensors, a few samples at a time, and not through autograd.
+    """
+
+    up: Resampling
+    down: Resampling
+    margins: list[int]  # samples to add to x: x before, x after, y before, y after; negative values drop
+    size: tuple[int, int]  # (H, W) of U x
     slope: float
-    clamp: float | None
-    gain: float  # positive, and applied after the limit: then it can be a part of the filter
-    flip_filter: bool
+    limit: float | None  # of the absolute value of a
 
-    def upsample(self, x: Tensor) -> Tensor:
-        """U x."""
-        return upfirdn2d(x, self.up_filter, self.up, 1, self.padding, self.flip_filter, self.up**2)
+    def apply(self, x: Tensor) -> Tensor:
+        """D a(U x)."""
+        u = F.leaky_relu_(self._spread(x), self.slope)
+        return self.down.gather(u if self.limit is None else u.clamp_(-self.limit, self.limit))
 
-    def upsample_adjoint(self, g: Tensor) -> Tensor:
-        """U^T g."""
-        kh, kw = _taps(self.up_filter)
-        px0, px1, py0, py1 = self.padding
-        padding = kw - 1 - px0, kw - self.up - px1, kh - 1 - py0, kh - self.up - py1
-        return upfirdn2d(g, self.up_filter, 1, self.up, padding, not self.flip_filter, self.up**2)
+    def tangent(self, v: Tensor, x: Tensor) -> Tensor:
+        """D (a'(U x) · U v)."""
+        return self.down.gather(self._times_derivative(self._spread(v), x))
 
-    def downsample(self, u: Tensor) -> Tensor:
-        """D u."""
-        return upfirdn2d(u, self.down_filter, 1, self.down, 0, self.flip_filter, self.gain)
+    def adjoint(self, g: Tensor, x: Tensor) -> Tensor:
+        """U^T (a'(U x) · D^T g)."""
+        gx = self.up.gather(self._times_derivative(self.down.spread(g, self.size), x))
+        return F.pad(gx, [-m for m in self.margins]) if any(self.margins) else gx
 
-    def downsample_adjoint(self, g: Tensor, size: Sequence[int]) -> Tensor:
-        """D^T g; (H, W) of u."""
-        kh, kw = _taps(self.down_filter)
-        padding = kw - 1, size[1] - g.shape[3] * self.down, kh - 1, size[0] - g.shape[2] * self.down
-        return upfirdn2d(g, self.down_filter, self.down, 1, padding, not self.flip_filter, self.gain)
+    def for_signal(self, x: Tensor) -> "FilteredActivation":
+        """Without the limit if U x cannot reach it: that is quickly seen on the CPU and saves passes over U x."""
+        if self.limit is None or x.device.type != "cpu":
+            return self
+        low, high = x.permute(0, 2, 3, 1).aminmax()  # in the order of the memory
+        largest = max(-float(low), float(high)) * math.prod(float(k[0].abs().sum()) for k in self.up.kernels)
+        return self._replace(limit=None) if largest < self.limit else self
 
-    def activate(self, u: Tensor) -> Tensor:
-        """a(u), in place."""
-        u = F.leaky_relu_(u, self.slope)
-        return u if self.clamp is None else u.clamp_(-self.clamp, self.clamp)
+    def samples_at_a_time(self, x: Tensor) -> int:
+        """So few on the CPU that the upsampled signals of (N, C, H, W) stay in the caches; elsewhere all."""
+        if x.device.type != "cpu":
+            return len(x)
+        values = len(self.up.kernels[0]) * math.prod(self.size)
+        return max(1, _CHUNK_BYTES // (values * x.element_size()))
 
-    def activate_gradient(self, g: Tensor, u: Tensor) -> Tensor:
-        """a'(u) · g, in place of g."""
+    def _spread(self, x: Tensor) -> Tensor:
+        return self.up.spread(F.pad(x, self.margins) if any(self.margins) else x, self.size)
+
+    def _times_derivative(self, g: Tensor, x: Tensor) -> Tensor:
+        """a'(U x) · g, in place of g."""
+        u = self._spread(x)
         torch.ops.aten.leaky_relu_backward.grad_input(g, u, self.slope, False, grad_input=g)
-        if self.clamp is not None:
-            low = -self.clamp / self.slope if self.slope else -math.inf
-            torch.ops.aten.hardtanh_backward.grad_input(g, u, low, self.clamp, grad_input=g)
+        if self.limit is not None:
+            lowest = -self.limit / self.slope if self.slope else -math.inf
+            torch.ops.aten.hardtanh_backward.grad_input(g, u, lowest, self.limit, grad_input=g)
         return g
 
 
-def _taps(f: Tensor | None) -> tuple[int, int]:
-    """Height and width of a filter."""
-    return (1, 1) if f is None else (f.shape[0], f.shape[-1])
+def filtered_activation(
+    shape: Sequence[int],
+    like: Tensor,
+    fu: Tensor | None,
+    fd: Tensor | None,
+    up: int,
+    down: int,
+    padding: Sequence[int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool = False,
+) -> FilteredActivation:
+    """The operator of :func:`filtered_lrelu`, without bias, for signals of `shape` (C, H, W) in the dtype of `like`."""
+    if gain <= 0:  # a positive one commutes with the leaky ReLU and becomes a part of the last filter
+        raise ValueError(f"The gain of a filtered leaky ReLU must be positive; got {gain}.")
+    fu, fd = (like.new_ones(1, 1) if f is None else f.to(like.dtype) for f in (fu, fd))
+    fu, fd = (fu.flip(list(range(fu.ndim))), fd) if flip_filter else (fu, fd.flip(list(range(fd.ndim))))
+    channels, height, width = shape
+    px0, px1, py0, py1 = padding
+    left, right, crop_x = _alignment(px0, px1, up, fu.shape[-1])
+    top, bottom, crop_y = _alignment(py0, py1, up, fu.shape[0])
+    size = height * up + py0 + py1 - fu.shape[0] + 1, width * up + px0 + px1 - fu.shape[-1] + 1
+    if size[0] < fd.shape[0] or size[1] < fd.shape[-1]:
+        raise ValueError(f"Signals of {height}×{width} with padding {list(padding)} are shorter than the filters.")
+    return FilteredActivation(
+        _resampling(fu, up, (crop_y, crop_x), up**2, channels),
+        _resampling(fd, down, (0, 0), gain, channels),
+        [left, right, top, bottom],
+        size,
+        slope,
+        None if clamp is None else clamp / gain,
+    )
 
 
-_CHUNK_BYTES = 2**23  # of the upsampled signal on the CPU: what fits into the caches and what the allocator keeps
+def together(results: Iterable[Tensor], n: int) -> Tensor:
+    """The parts of a batch of `n` samples as one tensor; each is copied as soon as it is made, from the caches."""
+    whole, first = None, 0
+    for part in results:
+        if len(part) == n:
+            return part
+        if whole is None:
+            size = (n, *part.shape[1:])
+            whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+        whole[first : first + len(part)] = part
+        first += len(part)
+    return cast(Tensor, whole)
 
 
-def _in_chunks(function: Callable[..., Tensor], geometry: _Geometry, *signals: Tensor) -> Tensor:
-    """Apply `function` to a few samples at a time, so that no upsampled signal of a whole batch exists on the CPU."""
-    if signals[0].device.type != "cpu":
-        return function(geometry, *signals)
-    x = signals[-1]
-    step = max(1, _CHUNK_BYTES // (x[0].numel() * geometry.up**2 * x.element_size()))
-    # Depthwise convolutions are many times faster in this memory format.
-    chunks = zip(*(s.contiguous(memory_format=torch.channels_last).split(step) for s in signals), strict=True)
-    results = [function(geometry, *chunk) for chunk in chunks]
-    return results[0] if len(results) == 1 else torch.cat(results)
+_Method = Callable[..., Tensor]  # of FilteredActivation
 
 
-def _signal(geometry: _Geometry, x: Tensor) -> Tensor:
-    u = geometry.upsample(x[:, :, geometry.rows, geometry.columns])
-    return geometry.downsample(geometry.activate(u))
-
-
-def _signal_tangent(geometry: _Geometry, v: Tensor, x: Tensor) -> Tensor:
-    u, uv = (geometry.upsample(z[:, :, geometry.rows, geometry.columns]) for z in (x, v))
-    return geometry.downsample(geometry.activate_gradient(uv, u))
-
-
-def _signal_adjoint(geometry: _Geometry, g: Tensor, x: Tensor) -> Tensor:
-    u = geometry.upsample(x[:, :, geometry.rows, geometry.columns])
-    gu = geometry.activate_gradient(geometry.downsample_adjoint(g, u.shape[2:]), u)
-    gx = torch.zeros_like(x)
-    gx[:, :, geometry.rows, geometry.columns] = geometry.upsample_adjoint(gu)
-    return gx
+def _in_parts(method: _Method, activation: FilteredActivation, *signals: Tensor) -> Tensor:
+    """`method` on a few samples at a time, on the CPU in the memory format that depthwise convolutions like best."""
+    if signals[0].device.type == "cpu":
+        signals = tuple(signal.contiguous(memory_format=torch.channels_last) for signal in signals)
+    step = activation.samples_at_a_time(signals[0])
+    parts = zip(*(torch.split(signal, step) for signal in signals), strict=True)
+    return together((method(activation.for_signal(part[-1]), *part) for part in parts), len(signals[0]))
 
 
 class _FilteredLeakyReLU(Function):
-    """y = D a(U x). Only x is kept; U x is computed again for the gradient."""
+    """D a(U x). Only x is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, activation: FilteredActivation) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.geometry = geometry
-        return _in_chunks(_signal, geometry, x)
+        ctx.activation = activation
+        return _in_parts(FilteredActivation.apply, activation, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _adjoint(g, *ctx.saved_tensors, ctx.geometry), None
+        (x,) = ctx.saved_tensors
+        return _adjoint(g, x, ctx.activation), None
 
 
 class _Adjoint(Function):
-    """U^T (a'(U x) · D^T g): linear in g, and constant in x almost everywhere."""
+    """Linear in g, and constant in x almost everywhere."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, activation: FilteredActivation) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.geometry = geometry
-        return _in_chunks(_signal_adjoint, geometry, g, x)
+        ctx.activation = activation
+        return _in_parts(FilteredActivation.adjoint, activation, g, x)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        return _tangent(v, *ctx.saved_tensors, ctx.geometry), None, None
+        (x,) = ctx.saved_tensors
+        return _tangent(v, x, ctx.activation), None, None
 
 
 class _Tangent(Function):
-    """D (a'(U x) · U v): the adjoint of `_Adjoint`."""
+    """Linear in v, and constant in x almost everywhere."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, v: Tensor, x: Tensor, activation: FilteredActivation) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.geometry = geometry
-        return _in_chunks(_signal_tangent, geometry, v, x)
+        ctx.activation = activation
+        return _in_parts(FilteredActivation.tangent, activation, v, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _adjoint(g, *ctx.saved_tensors, ctx.geometry), None, None
+        (x,) = ctx.saved_tensors
+        return _adjoint(g, x, ctx.activation), None, None
 
 
-def _adjoint(g: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
-    return cast(Tensor, _Adjoint.apply(g, x, geometry))  # type: ignore[no-untyped-call]
+def _adjoint(g: Tensor, x: Tensor, activation: FilteredActivation) -> Tensor:
+    return cast(Tensor, _Adjoint.apply(g, x, activation))  # type: ignore[no-untyped-call]
 
 
-def _tangent(v: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
-    return cast(Tensor, _Tangent.apply(v, x, geometry))  # type: ignore[no-untyped-call]
+def _tangent(v: Tensor, x: Tensor, activation: FilteredActivation) -> Tensor:
+    return cast(Tensor, _Tangent.apply(v, x, activation))  # type: ignore[no-untyped-call]
 
 
-def _crop(size: int, before: int, after: int, up: int) -> tuple[slice, int, int]:
-    """Samples that negative padding leaves, and the padding of these: an upsampled sample and then up - 1 zeros."""
-    first, last = max(0, -(before // up)), max(0, -after) // up
-    return slice(first, size - last), before + first * up, after + last * up
+def activate(x: Tensor, activation: FilteredActivation) -> Tensor:
+    """Apply an activation to (N, C, H, W); differentiable twice."""
+    with torch.autocast(x.device.type, enabled=False):  # the convolutions inside work in the dtype of x
+        return cast(Tensor, _FilteredLeakyReLU.apply(x, activation))  # type: ignore[no-untyped-call]
 
 
 def filtered_lrelu(
@@ -211,9 +300,7 @@ def filtered_lrelu(
     clamp: float | None = None,
     flip_filter: bool = False,
 ) -> Tensor:
-    """Add a bias, upsample, apply a leaky ReLU, downsample (section 3.1, figure 4b).
-
-    Differentiable twice. The upsampled signal is neither kept nor made for more than a few samples at a time.
+    """Add a bias, upsample, apply a leaky ReLU, downsample (section 3.1, figure 4b). Differentiable twice.
 
     Args:
         x: (N, C, H, W).
@@ -222,7 +309,8 @@ def filtered_lrelu(
         b: Bias (C,).
         up: Integer factor.
         down: Integer factor.
-        padding: Of the upsampled signal, as in :func:`upfirdn2d`; negative values crop.
+        padding: Of the upsampled signal: one number, (x, y) or (x before, x after, y before, y after); negative values
+            crop.
         gain: Positive; multiplies the leaky ReLU.
         slope: Of the leaky ReLU for negative values, in [0, 1].
         clamp: Limit of the absolute value after the gain; None for none.
@@ -231,14 +319,7 @@ def filtered_lrelu(
     Returns:
         (N, C, (H·up + pad_y - kh_up - kh_down + 1) // down + 1, and likewise W), in the dtype of x.
     """
-    if gain <= 0:
-        raise ValueError(f"The gain of a filtered leaky ReLU must be positive; got {gain}.")
-    if b is not None:
-        x = x + b.to(x.dtype)[:, None, None]
-    px0, px1, py0, py1 = margins(padding)
-    columns, px0, px1 = _crop(x.shape[3], px0, px1, up)
-    rows, py0, py1 = _crop(x.shape[2], py0, py1, up)
-    limit = None if clamp is None else clamp / gain
-    geometry = _Geometry(fu, fd, up, down, rows, columns, (px0, px1, py0, py1), slope, limit, gain, flip_filter)
-    with torch.autocast(x.device.type, enabled=False):  # the convolutions inside work in the dtype of x
-        return cast(Tensor, _FilteredLeakyReLU.apply(x, geometry))  # type: ignore[no-untyped-call]
+    p = [padding] * 4 if isinstance(padding, int) else list(padding)
+    p = p if len(p) == 4 else [p[0], p[0], p[1], p[1]]
+    x = x if b is None else x + b.to(x.dtype)[:, None, None]
+    return activate(x, filtered_activation(x.shape[1:], x, fu, fd, up, down, p, gain, slope, clamp, flip_filter))

@@ -244,10 +244,6 @@ def conv2d_resample(
     if down > 1:
         x = upfirdn2d(x, f, padding=margins, flip_filter=flip_filter)
         return conv2d(x, weight, bias, (down, down), (0, 0), groups)
-    if px0 == px1 == kw - 1 > 0 and py0 == py1 == kh - 1 and groups == 1 and x.device.type == "cpu":
-        # Every overlap counts: the adjoint of a convolution without padding, whose weight gradient is 3 times as fast.
-        y = conv_transpose2d(x, weight.flip((2, 3)).transpose(0, 1), (x.shape[2] + py0, x.shape[3] + px0))
-        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
     if px0 == px1 >= 0 and py0 == py1 >= 0:
         return conv2d(x, weight, bias, padding=(py0, px0), groups=groups)
     return conv2d(F.pad(x, margins), weight, bias, groups=groups)

@@ -9,42 +9,14 @@ Images are float in about [-1, 1], (N, C, H, W). There is no noise.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.networks.filtered_lrelu import design_lowpass_filter, filtered_lrelu
-from lightning_modules.networks.layers import (
-    SLOPE,
-    SQRT2,
-    FullyConnectedLayer,
-    HalfDtype,
-    MappingNetwork,
-    fast_layout,
-)
-from lightning_modules.networks.operators import modulated_conv2d
-
-MeanOverProcesses = Callable[[Tensor], Tensor]
-
-
-class Signal(NamedTuple):
-    """Band-limited feature maps between two layers. Frequencies are in cycles per image.
-
-    Attributes:
-        channels: Number of them.
-        size_px: Height and width, margins included.
-        sampling_rate: Samples per image, without margins.
-        cutoff: Frequencies from here on are suppressed.
-        half_width: From the cutoff to where they are suppressed completely.
-    """
-
-    channels: int
-    size_px: int
-    sampling_rate: int
-    cutoff: float
-    half_width: float
+from lightning_modules.networks.layers import HalfDtype, MappingNetwork, powers_of_two
+from lightning_modules.networks.stylegan3_layers import MeanOverProcesses, Signal, SynthesisInput, SynthesisLayer
 
 
 def signals(
@@ -60,6 +32,9 @@ def signals(
     margin_size: int,
 ) -> list[Signal]:
     """What leaves each layer: bandwidths grow geometrically up to the `num_critical` last layers (appendix D)."""
+    powers_of_two(img_resolution)
+    if num_layers <= num_critical:
+        raise ValueError(f"num_layers must be larger than num_critical ({num_critical}); got {num_layers}.")
     last_cutoff = img_resolution / 2
     last_stopband = last_cutoff * last_stopband_rel
     found = []
@@ -73,166 +48,6 @@ def signals(
         channels = img_channels if layer == num_layers else round(min(channel_base / 2 / cutoff, channel_max))
         found.append(Signal(channels, size_px, sampling_rate, cutoff, max(stopband, sampling_rate / 2) - cutoff))
     return found
-
-
-class SynthesisInput(nn.Module):
-    """Fourier features on a canvas that is rotated and translated as w says (section 3.2 and appendix F).
-
-    The buffer `transform` (3, 3) is a further, inverse transform of the image, given by the user.
-
-    Args:
-        w_dim: Width of w.
-        signal: What comes out; its cutoff is the largest of the frequencies.
-    """
-
-    transform: Tensor
-    freqs: Tensor
-    phases: Tensor
-
-    def __init__(self, w_dim: int, signal: Signal) -> None:
-        super().__init__()
-        self.signal = signal
-        angle = torch.rand(signal.channels) * (2 * math.pi)
-        radius = torch.rand(signal.channels).sqrt() * signal.cutoff  # uniform on the disc
-        self.weight = nn.Parameter(torch.randn(signal.channels, signal.channels))
-        self.affine = FullyConnectedLayer(w_dim, 4)
-        with torch.no_grad():
-            self.affine.weight.zero_()
-            self.affine.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))  # neither rotation nor translation
-        self.register_buffer("transform", torch.eye(3))
-        self.register_buffer("freqs", torch.stack([angle.cos(), angle.sin()], 1) * radius[:, None])
-        self.register_buffer("phases", torch.rand(signal.channels) - 0.5)
-
-    def forward(self, w: Tensor) -> Tensor:
-        """W (N, w_dim) -> (N, channels, size_px, size_px), float32 under autocast too."""
-        channels, size_px, sampling_rate, cutoff, _ = self.signal
-        with torch.autocast(w.device.type, enabled=False):
-            transform = self._pose(w) @ self.transform  # (N, 3, 3), of coordinates: the inverse of what the image does
-            freqs = self.freqs @ transform[:, :2, :2]  # (N, channels, 2)
-            phases = self.phases + (self.freqs @ transform[:, :2, 2:]).squeeze(2)  # (N, channels)
-            # Waves whose frequency a magnifying transform brings near half the sampling rate fade out.
-            fading = (freqs.norm(dim=2) - cutoff) / (sampling_rate / 2 - cutoff)
-            amplitudes = (1 - fading).clamp(0, 1)
-
-            centres = torch.linspace(-1, 1, size_px, device=w.device) * (size_px - 1) / size_px
-            position = centres * (0.5 * size_px / sampling_rate)  # of the pixels, in image widths
-            x_cycles = position[:, None] * freqs[:, None, :, 0]  # (N, W, channels)
-            y_cycles = position[:, None] * freqs[:, None, :, 1]  # (N, H, channels)
-            cycles = x_cycles[:, None] + y_cycles[:, :, None] + phases[:, None, None]  # (N, H, W, channels)
-            waves = (cycles * (2 * math.pi)).sin() * amplitudes[:, None, None]
-            features = waves @ (self.weight / math.sqrt(channels)).t()
-        return features.permute(0, 3, 1, 2)
-
-    def _pose(self, w: Tensor) -> Tensor:
-        """The transform that w asks for: translate, then rotate; (N, 3, 3)."""
-        t = self.affine(w)  # (N, 4): cosine and sine up to their norm, translation
-        cos, sin, x, y = (t / t[:, :2].norm(dim=1, keepdim=True)).unbind(1)
-        zero, one = torch.zeros_like(x), torch.ones_like(x)
-        rotation = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], 1)
-        translation = torch.stack([one, zero, -x, zero, one, -y, zero, zero, one], 1)
-        return rotation.view(-1, 3, 3) @ translation.view(-1, 3, 3)
-
-
-class SynthesisLayer(nn.Module):
-    """Modulated convolution and filtered leaky ReLU (section 3.2, figure 4b).
-
-    Args:
-        w_dim: Width of w.
-        before: The input.
-        after: The output.
-        conv_kernel: Size of the convolution kernel.
-        is_torgb: Neither demodulation nor nonlinearity.
-        filter_size: Taps of the low-pass filters per sample of the lower rate.
-        lrelu_upsampling: The nonlinearity works at this multiple of the larger sampling rate.
-        use_radial_filter: Downsample with a radially symmetric filter.
-        conv_clamp: Limit of the output of the nonlinearity.
-        magnitude_ema_beta: Decay of the moving mean of the magnitude of the input.
-        dtype: Of convolution and nonlinearity.
-    """
-
-    magnitude_ema: Tensor
-    up_filter: Tensor | None
-    down_filter: Tensor | None
-
-    def __init__(
-        self,
-        w_dim: int,
-        before: Signal,
-        after: Signal,
-        conv_kernel: int = 3,
-        is_torgb: bool = False,
-        filter_size: int = 6,
-        lrelu_upsampling: int = 2,
-        use_radial_filter: bool = False,
-        conv_clamp: float | None = 256,
-        magnitude_ema_beta: float = 0.999,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.is_torgb, self.conv_clamp, self.dtype = is_torgb, conv_clamp, dtype
-        self.magnitude_ema_beta = magnitude_ema_beta
-        self.affine = FullyConnectedLayer(w_dim, before.channels, bias_init=1.0)
-        self.weight = nn.Parameter(torch.randn(after.channels, before.channels, conv_kernel, conv_kernel))
-        self.bias = nn.Parameter(torch.zeros(after.channels))
-        self.register_buffer("magnitude_ema", torch.ones([]))
-
-        rate = max(before.sampling_rate, after.sampling_rate) * (1 if is_torgb else lrelu_upsampling)
-        self.up, self.down = rate // before.sampling_rate, rate // after.sampling_rate
-        up_taps, down_taps = (
-            filter_size * factor if factor > 1 and not is_torgb else 1 for factor in (self.up, self.down)
-        )
-        self.register_buffer(
-            "up_filter", design_lowpass_filter(up_taps, before.cutoff, before.half_width * 2, rate)
-        )
-        self.register_buffer(
-            "down_filter", design_lowpass_filter(down_taps, after.cutoff, after.half_width * 2, rate, use_radial_filter)
-        )
-        # The upsampled signal is as long as the output and the filters need; what is odd goes to the front.
-        needed = (after.size_px - 1) * self.down + 1 + up_taps + down_taps - 2
-        total = needed - (before.size_px + conv_kernel - 1) * self.up
-        first = (total + self.up) // 2
-        self.padding = [first, total - first] * 2
-
-    def forward(self, x: Tensor, w: Tensor, update_emas: MeanOverProcesses | None = None) -> Tensor:
-        """Run the layer.
-
-        Args:
-            x: (N, C_in, H, W).
-            w: (N, w_dim).
-            update_emas: As in :class:`SynthesisNetwork`.
-
-        Returns:
-            (N, C_out, H', W') in the dtype of the layer.
-        """
-        if update_emas is not None:
-            with torch.no_grad():
-                magnitude = update_emas(x.float().square().mean())
-                self.magnitude_ema.copy_(magnitude.lerp(self.magnitude_ema, self.magnitude_ema_beta))
-        styles = self.affine(w)  # (N, C_in)
-        if self.is_torgb:
-            styles = styles / math.sqrt(self.weight[0].numel())
-        x = modulated_conv2d(
-            fast_layout(x, self.dtype),
-            self.weight,
-            styles,
-            bias=self.bias,
-            demodulate=not self.is_torgb,
-            padding=self.weight.shape[2] - 1,
-            normalize=True,
-            input_gain=self.magnitude_ema.rsqrt(),
-        )
-        return filtered_lrelu(
-            x,
-            self.up_filter,
-            self.down_filter,
-            None,
-            self.up,
-            self.down,
-            self.padding,
-            gain=1 if self.is_torgb else SQRT2,
-            slope=1 if self.is_torgb else SLOPE,
-            clamp=self.conv_clamp,
-        )
 
 
 class SynthesisNetwork(nn.Module):
@@ -314,7 +129,7 @@ class SynthesisNetwork(nn.Module):
             raise ValueError(f"ws must be (N, {self.num_ws}, {self.w_dim}); got {tuple(ws.shape)}.")
         if not isinstance(noise, str) and len(noise):
             raise ValueError(f"StyleGAN 3 has no noise inputs; got {len(noise)} tensors.")
-        x = self.input(ws[:, 0])
+        x: Tensor = self.input(ws[:, 0])
         for index, name in enumerate(self.layer_names):
             x = self.get_submodule(name)(x, ws[:, index + 1], update_emas)
         return x.float() * self.output_scale

@@ -1,6 +1,7 @@
 """StyleGAN 3: filtered leaky ReLU, generator."""
 
 import json
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,31 +10,9 @@ from comparison import Family, Meta, Tensors, arguments, gradients, load, stated
 from lightning_modules.networks.filtered_lrelu import design_lowpass_filter, filtered_lrelu
 from lightning_modules.networks.stylegan3 import StyleGAN3Generator
 
-RENAMED = {
-    k: k
-    for k in [
-        "z_dim",
-        "c_dim",
-        "w_dim",
-        "img_resolution",
-        "img_channels",
-        "channel_base",
-        "channel_max",
-        "num_layers",
-        "num_critical",
-        "first_cutoff",
-        "first_stopband",
-        "last_stopband_rel",
-        "margin_size",
-        "output_scale",
-        "conv_kernel",
-        "filter_size",
-        "lrelu_upsampling",
-        "use_radial_filters",
-        "conv_clamp",
-        "magnitude_ema_beta",
-    ]
-} | {f"mapping_kwargs.{k}": f"mapping_{k}" for k in ("num_layers", "lr_multiplier")}
+OURS = ("mapping_", "num_half_res", "half_dtype")
+RENAMED = {name: name for name in signature(StyleGAN3Generator).parameters if not name.startswith(OURS)}
+RENAMED |= {f"mapping_kwargs.{name}": f"mapping_{name}" for name in ("num_layers", "lr_multiplier")}
 ANY: dict[str, Any] = {"num_fp16_res": ..., "mapping_kwargs.w_avg_beta": ...}  # the CPU numbers do not depend on them
 
 
@@ -79,7 +58,9 @@ def sg3_generator(meta: Meta, ref: Tensors) -> Tensors:
     ours["out/fourier_input"] = acts["input"]
     ours |= {f"out/act_first/{name}": acts[name][:1] for name in synthesis.layer_names}
 
-    leaf = ws.clone().requires_grad_()
+    # From the recorded w: the gradient jumps where an activation changes its sign, and among millions of them there is
+    # one that the last bit of w decides.
+    leaf = ref["out/ws"].clone().requires_grad_()
     names = meta["param_order_for_norms"]
     scalar = (synthesis(leaf) * ref["in/r"]).sum()
     grads = gradients(scalar, [leaf, *(synthesis.get_parameter(n) for n in names)])

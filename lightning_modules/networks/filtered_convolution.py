@@ -1,0 +1,145 @@
+"""Convolution and filtered leaky ReLU, sample by sample, for the CPU.
+
+StyleGAN 3 (Karras et al. 2021, NeurIPS, arXiv 2106.12423, section 3.2 and figure 4b) upsamples the result of every
+convolution, and most of the time goes into moving these signals through the memory. Here each sample runs through
+convolution, bias and filtered leaky ReLU while it is in the caches, and its gradient goes back likewise. What is kept
+for the gradient is the input and the result of the convolution.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lightning_modules.networks.convolutions import conv2d
+from lightning_modules.networks.filtered_lrelu import FilteredActivation, activate, together
+
+
+class FilteredConvolution(NamedTuple):
+    """What happens to each sample.
+
+    Attributes:
+        activation: After the convolution.
+        padding: Zeros around the input.
+        crop: Samples that are cut off each side of the input before.
+    """
+
+    activation: FilteredActivation
+    padding: int
+    crop: int
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The part of x that is used."""
+        return x[:, :, self.crop : x.shape[2] - self.crop, self.crop : x.shape[3] - self.crop]
+
+    def convolve(self, x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        """(n, C_in, H, W), (n, C_out, C_in, k, k), (C_out,) -> (n, C_out, H', W')."""
+        x = self.inner(x)
+        if weights.shape[-1] == 1:
+            return _image(torch.baddbmm(bias, _matrix(x), weights.flatten(2).mT), x.shape[2:])
+        samples = zip(torch.split(x, 1), weights, strict=True)
+        return together((torch.conv2d(sample, w, bias, 1, self.padding) for sample, w in samples), len(x))
+
+    def gradients(self, g: Tensor, x: Tensor, weights: Tensor, gw: Tensor) -> Tensor:
+        """Gradient of `convolve` with respect to x; that with respect to the weights is written into `gw`."""
+        inner = self.inner(x).contiguous(memory_format=torch.channels_last)
+        if weights.shape[-1] == 1:
+            torch.bmm(_matrix(g).mT, _matrix(inner), out=gw.flatten(2))
+            gx = _image(_matrix(g) @ weights.flatten(2), inner.shape[2:])
+        else:
+            samples = zip(torch.split(g, 1), torch.split(inner, 1), weights, gw, strict=True)
+            gx = together((_convolution_gradients(*sample, self.padding) for sample in samples), len(x))
+        if self.crop == 0:
+            return gx
+        whole = torch.zeros_like(x)
+        self.inner(whole).copy_(gx)
+        return whole
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(n, C, H, W), channels last in memory -> (n, H·W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(x: Tensor, size: torch.Size) -> Tensor:
+    """(n, H·W, C) -> (n, C, H, W), channels last in memory."""
+    return x.view(len(x), *size, -1).permute(0, 3, 1, 2)
+
+
+def _convolution_gradients(g: Tensor, x: Tensor, weight: Tensor, gw: Tensor, padding: int) -> Tensor:
+    """As `FilteredConvolution.gradients` for one sample, weight (C_out, C_in, k, k)."""
+    backward = torch.ops.aten.convolution_backward
+    p, mirrored = [padding] * 2, [weight.shape[-1] - 1 - padding] * 2
+    rest = [1, 1], False, [0, 0], 1
+    gx: Tensor = backward(g, x, weight, None, [1, 1], p, *rest, [True, False, False])[0]
+    if 2 * padding < weight.shape[-1]:
+        gw.copy_(backward(g, x, weight, None, [1, 1], p, *rest, [False, True, False])[1])
+    else:  # with this much padding, exchanging the roles of x and g is three times as fast
+        swapped = backward(x, g, weight.transpose(0, 1), None, [1, 1], mirrored, *rest, [False, True, False])[1]
+        gw.copy_(swapped.transpose(0, 1).flip((2, 3)))
+    return gx
+
+
+def _twice_differentiable(x: Tensor, weights: Tensor, bias: Tensor, layer: FilteredConvolution) -> Tensor:
+    """The same from operators that are; the samples are groups of channels."""
+    n, channels = weights.shape[:2]
+    groups = layer.inner(x).reshape(1, n * x.shape[1], *layer.inner(x).shape[2:])
+    z = conv2d(groups, weights.flatten(0, 1), None, padding=(layer.padding, layer.padding), groups=n)
+    return activate(z.view(n, channels, *z.shape[2:]) + bias[:, None, None], layer.activation)
+
+
+class _FilteredConvolution(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, bias: Tensor, layer: FilteredConvolution) -> Tensor:
+        step = layer.activation.samples_at_a_time(x)
+        laid_out = weights.flatten(0, 1).contiguous(memory_format=torch.channels_last).view_as(weights)
+        zs: list[Tensor] = []
+        activations: list[FilteredActivation] = []
+
+        def results() -> Iterator[Tensor]:
+            for part, w in zip(torch.split(x, step), torch.split(laid_out, step), strict=True):
+                zs.append(layer.convolve(part, w, bias))
+                activations.append(layer.activation.for_signal(zs[-1]))
+                yield activations[-1].apply(zs[-1])
+
+        y = together(results(), len(x))
+        ctx.save_for_backward(x, weights, bias, laid_out, *zs)
+        ctx.layer, ctx.activations, ctx.step = layer, activations, step
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weights, bias, laid_out, *zs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative may follow
+            y = _twice_differentiable(x, weights, bias, ctx.layer)
+            return *torch.autograd.grad(y, (x, weights, bias), g, create_graph=True), None
+        gw, gb = torch.empty_like(weights), torch.zeros_like(bias)
+        batches = g.contiguous(memory_format=torch.channels_last), x, laid_out, gw
+
+        def results() -> Iterator[Tensor]:
+            parts = zip(*(torch.split(batch, ctx.step) for batch in batches), zs, ctx.activations, strict=True)
+            for gy_part, x_part, w, gw_part, z, activation in parts:
+                gz = activation.adjoint(gy_part, z)
+                gb.add_(gz.sum((0, 2, 3)))
+                yield ctx.layer.gradients(gz, x_part, w, gw_part)
+
+        return together(results(), len(x)), gw, gb, None
+
+
+def filtered_convolution(x: Tensor, weights: Tensor, bias: Tensor, layer: FilteredConvolution) -> Tensor:
+    """Convolve each sample with weights of its own, add a bias, apply a filtered leaky ReLU. Differentiable twice.
+
+    Args:
+        x: (N, C_in, H, W) on the CPU.
+        weights: (N, C_out, C_in, k, k), applied as a correlation.
+        bias: (C_out,).
+        layer: Crop, padding and activation.
+
+    Returns:
+        (N, C_out, H', W'), channels last in memory.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, _FilteredConvolution.apply(x, weights, bias, layer))  # type: ignore[no-untyped-call]
