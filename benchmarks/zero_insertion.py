@@ -67,9 +67,13 @@ def filtered_lrelu(
 
 
 def stylegan3_layer(
-    self: stylegan3.SynthesisLayer, x: Tensor, w: Tensor, update_emas: stylegan3.MeanOverProcesses | None = None
-) -> Tensor:
+    self: stylegan3.SynthesisLayer,
+    parts: Sequence[Tensor],
+    w: Tensor,
+    update_emas: stylegan3.MeanOverProcesses | None = None,
+) -> list[Tensor]:
     """As `stylegan3.SynthesisLayer.forward`: a grouped convolution with modulated weights, one group per sample."""
+    (x,) = parts
     if update_emas is not None:
         with torch.no_grad():
             magnitude = update_emas(x.float().square().mean())
@@ -86,7 +90,7 @@ def stylegan3_layer(
     weights = (weights * self.magnitude_ema.rsqrt()).to(self.dtype)
     grouped = x.to(self.dtype).reshape(1, n * channels, *x.shape[2:])
     y = F.conv2d(grouped, weights.flatten(0, 1), padding=weight.shape[2] - 1, groups=n)
-    return filtered_lrelu(
+    y = filtered_lrelu(
         y.reshape(n, -1, *y.shape[2:]),
         self.up_filter,
         self.down_filter,
@@ -98,6 +102,7 @@ def stylegan3_layer(
         1 if self.is_torgb else 0.2,
         self.conv_clamp,
     )
+    return [y]
 
 
 def _convolution(

@@ -145,9 +145,7 @@ def convolved(x, weights, bias, layer_args, padding, crop):
 @pytest.mark.parametrize(
     ("kernel", "padding", "crop"), [(3, 2, 0), (3, 1, 0), (3, 0, 0), (3, 0, 2), (1, 0, 0), (1, 0, 1)]
 )
-@pytest.mark.parametrize("part_bytes", [1, 2**15])
-def test_convolution_and_activation_equal_one_after_the_other(kernel, padding, crop, part_bytes, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", part_bytes)
+def test_convolution_and_activation_equal_one_after_the_other(kernel, padding, crop):
     torch.manual_seed(3)
     x = torch.randn(5, 3, 9, 9, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(5, 4, 3, kernel, kernel, dtype=torch.float64, requires_grad=True)

@@ -1,12 +1,11 @@
-"""Convolution and filtered leaky ReLU, sample by sample, for the CPU.
+"""Convolution and filtered leaky ReLU in one, for the CPU.
 
 StyleGAN 3 (Karras et al. 2021, NeurIPS, arXiv 2106.12423, section 3.2 and figure 4b) upsamples the result of every
-convolution, and most of the time goes into moving these signals through the memory. Here each sample runs through
-convolution, bias and filtered leaky ReLU while it is in the caches, and its gradient goes back likewise. What is kept
-for the gradient is the input and the result of the convolution.
+convolution, and most of the time goes into moving these signals through the memory. Here a few samples run through
+convolution, bias and filtered leaky ReLU while they are in the caches, and the gradient goes back likewise. What is
+kept for the gradient is the input and the result of the convolution.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -42,20 +41,21 @@ class FilteredConvolution(NamedTuple):
         samples = zip(torch.split(x, 1), weights, strict=True)
         return together((torch.conv2d(sample, w, bias, 1, self.padding) for sample, w in samples), len(x))
 
-    def gradients(self, g: Tensor, x: Tensor, weights: Tensor, gw: Tensor) -> Tensor:
-        """Gradient of `convolve` with respect to x; that with respect to the weights is written into `gw`."""
+    def gradients(self, g: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `convolve` with respect to x and weights."""
         inner = self.inner(x).contiguous(memory_format=torch.channels_last)
         if weights.shape[-1] == 1:
-            torch.bmm(_matrix(g).mT, _matrix(inner), out=gw.flatten(2))
             gx = _image(_matrix(g) @ weights.flatten(2), inner.shape[2:])
+            gw = (_matrix(g).mT @ _matrix(inner))[..., None, None]
         else:
-            samples = zip(torch.split(g, 1), torch.split(inner, 1), weights, gw, strict=True)
-            gx = together((_convolution_gradients(*sample, self.padding) for sample in samples), len(x))
+            samples = zip(torch.split(g, 1), torch.split(inner, 1), weights, strict=True)
+            gxs, gws = zip(*(_convolution_gradients(*sample, self.padding) for sample in samples), strict=True)
+            gx, gw = together(gxs, len(x)), torch.stack(gws)
         if self.crop == 0:
-            return gx
+            return gx, gw
         whole = torch.zeros_like(x)
         self.inner(whole).copy_(gx)
-        return whole
+        return whole, gw
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -68,18 +68,18 @@ def _image(x: Tensor, size: torch.Size) -> Tensor:
     return x.view(len(x), *size, -1).permute(0, 3, 1, 2)
 
 
-def _convolution_gradients(g: Tensor, x: Tensor, weight: Tensor, gw: Tensor, padding: int) -> Tensor:
+def _convolution_gradients(g: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """As `FilteredConvolution.gradients` for one sample, weight (C_out, C_in, k, k)."""
     backward = torch.ops.aten.convolution_backward
     p, mirrored = [padding] * 2, [weight.shape[-1] - 1 - padding] * 2
     rest = [1, 1], False, [0, 0], 1
     gx: Tensor = backward(g, x, weight, None, [1, 1], p, *rest, [True, False, False])[0]
     if 2 * padding < weight.shape[-1]:
-        gw.copy_(backward(g, x, weight, None, [1, 1], p, *rest, [False, True, False])[1])
-    else:  # with this much padding, exchanging the roles of x and g is three times as fast
-        swapped = backward(x, g, weight.transpose(0, 1), None, [1, 1], mirrored, *rest, [False, True, False])[1]
-        gw.copy_(swapped.transpose(0, 1).flip((2, 3)))
-    return gx
+        gw: Tensor = backward(g, x, weight, None, [1, 1], p, *rest, [False, True, False])[1]
+        return gx, gw
+    # With this much padding, exchanging the roles of x and g is three times as fast.
+    gw = backward(x, g, weight.transpose(0, 1), None, [1, 1], mirrored, *rest, [False, True, False])[1]
+    return gx, gw.transpose(0, 1).flip((2, 3))
 
 
 def _twice_differentiable(x: Tensor, weights: Tensor, bias: Tensor, layer: FilteredConvolution) -> Tensor:
@@ -93,39 +93,20 @@ def _twice_differentiable(x: Tensor, weights: Tensor, bias: Tensor, layer: Filte
 class _FilteredConvolution(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, bias: Tensor, layer: FilteredConvolution) -> Tensor:
-        step = layer.activation.samples_at_a_time(x)
-        laid_out = weights.flatten(0, 1).contiguous(memory_format=torch.channels_last).view_as(weights)
-        zs: list[Tensor] = []
-        activations: list[FilteredActivation] = []
-
-        def results() -> Iterator[Tensor]:
-            for part, w in zip(torch.split(x, step), torch.split(laid_out, step), strict=True):
-                zs.append(layer.convolve(part, w, bias))
-                activations.append(layer.activation.for_signal(zs[-1]))
-                yield activations[-1].apply(zs[-1])
-
-        y = together(results(), len(x))
-        ctx.save_for_backward(x, weights, bias, laid_out, *zs)
-        ctx.layer, ctx.activations, ctx.step = layer, activations, step
-        return y
+        z = layer.convolve(x, weights, bias)
+        ctx.save_for_backward(x, weights, bias, z)
+        activation = layer.activation.for_signal(z)
+        ctx.layer = layer._replace(activation=activation)
+        return activation.apply(z)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weights, bias, laid_out, *zs = ctx.saved_tensors
+        x, weights, bias, z = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative may follow
             y = _twice_differentiable(x, weights, bias, ctx.layer)
             return *torch.autograd.grad(y, (x, weights, bias), g, create_graph=True), None
-        gw, gb = torch.empty_like(weights), torch.zeros_like(bias)
-        batches = g.contiguous(memory_format=torch.channels_last), x, laid_out, gw
-
-        def results() -> Iterator[Tensor]:
-            parts = zip(*(torch.split(batch, ctx.step) for batch in batches), zs, ctx.activations, strict=True)
-            for gy_part, x_part, w, gw_part, z, activation in parts:
-                gz = activation.adjoint(gy_part, z)
-                gb.add_(gz.sum((0, 2, 3)))
-                yield ctx.layer.gradients(gz, x_part, w, gw_part)
-
-        return together(results(), len(x)), gw, gb, None
+        gz = ctx.layer.activation.adjoint(g.contiguous(memory_format=torch.channels_last), z)
+        return *ctx.layer.gradients(gz, x, weights), gz.sum((0, 2, 3)), None
 
 
 def filtered_convolution(x: Tensor, weights: Tensor, bias: Tensor, layer: FilteredConvolution) -> Tensor:

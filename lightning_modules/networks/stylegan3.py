@@ -129,10 +129,10 @@ class SynthesisNetwork(nn.Module):
             raise ValueError(f"ws must be (N, {self.num_ws}, {self.w_dim}); got {tuple(ws.shape)}.")
         if not isinstance(noise, str) and len(noise):
             raise ValueError(f"StyleGAN 3 has no noise inputs; got {len(noise)} tensors.")
-        x: Tensor = self.input(ws[:, 0])
+        parts: list[Tensor] = [self.input(ws[:, 0])]
         for index, name in enumerate(self.layer_names):
-            x = self.get_submodule(name)(x, ws[:, index + 1], update_emas)
-        return x.float() * self.output_scale
+            parts = self.get_submodule(name)(parts, ws[:, index + 1], update_emas)
+        return torch.cat(parts).float() * self.output_scale
 
 
 class StyleGAN3Generator(nn.Module):

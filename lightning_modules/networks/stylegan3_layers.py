@@ -5,7 +5,7 @@ arXiv 2106.12423, section 3 and appendices. Parameters and buffers have the name
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,31 +159,33 @@ class SynthesisLayer(nn.Module):
         first = (rest + self.up) // 2
         self.padding = first, rest - first  # of the upsampled signal, on both axes
 
-    def forward(self, x: Tensor, w: Tensor, update_emas: MeanOverProcesses | None = None) -> Tensor:
-        """Run the layer.
+    def forward(self, parts: Sequence[Tensor], w: Tensor, update_emas: MeanOverProcesses | None = None) -> list[Tensor]:
+        """Run the layer on a batch that comes, and goes, in parts: on the CPU in such as stay in the caches.
 
         Args:
-            x: (N, C_in, H, W).
+            parts: (n, C_in, H, W), together N samples.
             w: (N, w_dim).
             update_emas: As in :class:`lightning_modules.networks.stylegan3.SynthesisNetwork`.
 
         Returns:
-            (N, C_out, H', W') in the dtype of the layer, or of autocast.
+            Parts (n', C_out, H', W') in the dtype of the layer, or of autocast.
         """
         if update_emas is not None:
             with torch.no_grad():
-                magnitude = update_emas(x.float().square().mean())
+                energy = torch.stack([x.float().square().sum() for x in parts]).sum()
+                magnitude = update_emas(energy / sum(x.numel() for x in parts))
                 self.magnitude_ema.copy_(magnitude.lerp(self.magnitude_ema, self.magnitude_ema_beta))
-        is_cast = torch.is_autocast_enabled(x.device.type)
-        x = fast_layout(x, torch.get_autocast_dtype(x.device.type) if is_cast else self.dtype)
+        device = w.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        parts = [fast_layout(x, dtype) for x in parts]
         styles = self.affine(w)  # (N, C_in)
         if self.is_torgb:
             styles = styles / math.sqrt(self.weight[0].numel())
         input_gain = self.magnitude_ema.rsqrt()
-        if self._by_sample(x):
-            return self._filtered_convolution(x, styles, input_gain)
+        if self._by_sample(parts[0]):
+            return self._filtered_convolutions(parts, styles, input_gain)
         x = modulated_conv2d(
-            x,
+            parts[0] if len(parts) == 1 else torch.cat(parts),
             self.weight,
             styles,
             bias=self.bias,
@@ -192,7 +194,7 @@ class SynthesisLayer(nn.Module):
             normalize=True,
             input_gain=input_gain,
         )
-        return activate(x, self._activation(x, x.shape[2], *self.padding))
+        return [activate(x, self._activation(x, x.shape[2], *self.padding))]
 
     def _by_sample(self, x: Tensor) -> bool:
         """Whether to modulate the weights instead of the features: on the CPU, if there are fewer of them."""
@@ -213,7 +215,7 @@ class SynthesisLayer(nn.Module):
             self.conv_clamp,
         )
 
-    def _filtered_convolution(self, x: Tensor, styles: Tensor, input_gain: Tensor) -> Tensor:
+    def _filtered_convolutions(self, parts: list[Tensor], styles: Tensor, input_gain: Tensor) -> list[Tensor]:
         """The same as `modulated_conv2d` and `activate`."""
         weight: Tensor = self.weight
         if not self.is_torgb:
@@ -222,12 +224,18 @@ class SynthesisLayer(nn.Module):
         scale = (styles * input_gain)[:, None]  # (N, 1, C_in)
         if not self.is_torgb:
             scale = scale * demodulation(weight, styles)[:, :, None]  # (N, C_out, C_in)
-        weights = (weight * scale[..., None, None]).to(x.dtype)  # (N, C_out, C_in, k, k)
+        weights = (weight * scale[..., None, None]).to(parts[0].dtype)  # (N, C_out, C_in, k, k)
+        weights = weights.flatten(0, 1).contiguous(memory_format=torch.channels_last).view_as(weights)
         # What the upsampled signal drops at both ends is not even convolved.
         first, last = self.padding
         crop = max(0, min(-(first // self.up), -last // self.up))
         margin = weight.shape[2] - 1 - crop  # zeros around the input; where negative, samples that are cut off
-        size_px = x.shape[2] + 2 * margin - (weight.shape[2] - 1)
-        activation = self._activation(x, size_px, first + crop * self.up, last + crop * self.up)
+        size_px = parts[0].shape[2] + 2 * margin - (weight.shape[2] - 1)
+        activation = self._activation(parts[0], size_px, first + crop * self.up, last + crop * self.up)
         layer = FilteredConvolution(activation, max(margin, 0), max(-margin, 0))
-        return filtered_convolution(x, weights, self.bias.to(x.dtype), layer)
+
+        n = activation.samples_at_a_time(parts[0])
+        parts = [piece for x in parts for piece in (torch.split(x, n) if len(x) > n else [x])]
+        each = zip(parts, torch.split(weights, [len(x) for x in parts]), strict=True)
+        bias = self.bias.to(weights.dtype)
+        return [filtered_convolution(x, w, bias, layer) for x, w in each]

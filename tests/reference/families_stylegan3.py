@@ -42,7 +42,7 @@ def sg3_generator(meta: Meta, ref: Tensors) -> Tensors:
     c = ref["in/c"] if meta["ctor"].get("c_dim") else None
 
     ours: Tensors = {}
-    acts: Tensors = {}
+    acts: dict[str, Any] = {}  # layers give a list of parts of the batch
     synthesis = net.synthesis
     hooks = [
         synthesis.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: acts.__setitem__(name, out))
@@ -56,7 +56,7 @@ def sg3_generator(meta: Meta, ref: Tensors) -> Tensors:
     for hook in hooks:
         hook.remove()
     ours["out/fourier_input"] = acts["input"]
-    ours |= {f"out/act_first/{name}": acts[name][:1] for name in synthesis.layer_names}
+    ours |= {f"out/act_first/{name}": acts[name][0][:1] for name in synthesis.layer_names}
 
     # From the recorded w: the gradient jumps where an activation changes its sign, and among millions of them there is
     # one that the last bit of w decides.
