@@ -1,9 +1,12 @@
 """Options and fixtures that the tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 from fake_slices import write_slice_set
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which Lightning does
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from lightning_modules.networks import triton_filtered_lrelu
+
 _CHUNK_BYTES = 2**23  # of an upsampled signal on the CPU: measured; more does not stay in the caches
 
 
@@ -322,4 +324,8 @@ def filtered_lrelu(
     p = [padding] * 4 if isinstance(padding, int) else list(padding)
     p = p if len(p) == 4 else [p[0], p[0], p[1], p[1]]
     x = x if b is None else x + b.to(x.dtype)[:, None, None]
-    return activate(x, filtered_activation(x.shape[1:], x, fu, fd, up, down, p, gain, slope, clamp, flip_filter))
+
+    def plain(x: Tensor) -> Tensor:
+        return activate(x, filtered_activation(x.shape[1:], x, fu, fd, up, down, p, gain, slope, clamp, flip_filter))
+
+    return triton_filtered_lrelu.filtered_lrelu(plain, x, fu, fd, up, down, p, gain, slope, clamp, flip_filter)

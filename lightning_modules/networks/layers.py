@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.networks import triton_operators
+from lightning_modules.networks.bias_act import bias_act
 from lightning_modules.networks.operators import conv2d_resample, setup_filter
 
 Architecture = Literal["orig", "skip", "resnet"]  # StyleGAN 2, figure 7
@@ -24,7 +26,9 @@ SQRT_HALF = math.sqrt(0.5)
 
 
 def leaky_relu(x: Tensor, clamp: float | None) -> Tensor:
-    """Leaky ReLU in place. A positive gain commutes with it and was already put into the weights."""
+    """Leaky ReLU, perhaps in place. A positive gain commutes with it and was already put into the weights."""
+    if clamp is not None and triton_operators.available(x):  # one pass instead of two
+        return bias_act(x, None, 1, "lrelu", SLOPE, 1.0, clamp)
     x = F.leaky_relu(x, SLOPE, inplace=True)
     return x if clamp is None else x.clamp(-clamp, clamp)
 

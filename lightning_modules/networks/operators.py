@@ -8,17 +8,13 @@ All work in either memory format; on the CPU `torch.channels_last` images are tw
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.networks import triton_operators
 from lightning_modules.networks.convolutions import conv2d, conv_transpose2d
-
-Activation = Literal["linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"]
-
-_SQRT2 = math.sqrt(2)
 
 
 def setup_filter(
@@ -103,11 +99,27 @@ def upfirdn2d(
         x = upfirdn2d(x, f[None, :], (ux, 1), (dx, 1), (px0, px1, 0, 0), flip_filter, root)
         return upfirdn2d(x, f[:, None], (1, uy), (1, dy), (0, 0, py0, py1), flip_filter, root)
 
+    (height, width), (kh, kw) = x.shape[2:], f.shape
+    if height * uy + py0 + py1 < kh or width * ux + px0 + px1 < kw:
+        raise ValueError(f"An image of {height}×{width} with padding {padding} is smaller than the filter ({kh}×{kw}).")
+    arguments = f, (ux, uy), (dx, dy), (px0, px1, py0, py1), flip_filter, gain
+    return triton_operators.upfirdn2d(lambda x: _upfirdn2d(x, *arguments), x, *arguments)
+
+
+def _upfirdn2d(
+    x: Tensor,
+    f: Tensor,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> Tensor:
+    """The same for a 2-D filter, in PyTorch."""
+    (ux, uy), (dx, dy), (px0, px1, py0, py1) = up, down, padding
     channels, height, width = x.shape[1:]
     kh, kw = f.shape
     full = height * uy + py0 + py1 - kh + 1, width * ux + px0 + px1 - kw + 1  # size before decimation
-    if min(full) < 1:
-        raise ValueError(f"An image of {height}×{width} with padding {padding} is smaller than the filter ({kh}×{kw}).")
     is_up = ux > 1 or uy > 1
     if is_up == flip_filter:  # F.conv2d correlates, its adjoint convolves
         f = f.flip((0, 1))
@@ -315,51 +327,6 @@ def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
     with torch.autocast(styles.device.type, enabled=False):
         energy = weight.float().square().sum((2, 3))  # (C_out, C_in)
         return (styles.float().square() @ energy.t() + 1e-8).rsqrt()
-
-
-def bias_act(
-    x: Tensor,
-    b: Tensor | None = None,
-    dim: int = 1,
-    act: Activation = "linear",
-    alpha: float | None = None,
-    gain: float | None = None,
-    clamp: float | None = None,
-) -> Tensor:
-    """clamp(gain · act(x + b)).
-
-    Args:
-        x: Any shape.
-        b: Bias along `dim`.
-        dim: Dimension of the bias.
-        act: Activation.
-        alpha: Slope of lrelu for negative values, 0.2 by default.
-        gain: Default: what keeps the second moment (sqrt 2 for relu, lrelu, swish; else 1).
-        clamp: Limit of the absolute value; None for none.
-    """
-    if b is not None:
-        x = x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
-    match act:
-        case "relu":
-            x = F.relu(x)
-        case "lrelu":
-            x = F.leaky_relu(x, 0.2 if alpha is None else alpha)
-        case "tanh":
-            x = torch.tanh(x)
-        case "sigmoid":
-            x = torch.sigmoid(x)
-        case "elu":
-            x = F.elu(x)
-        case "selu":
-            x = F.selu(x)
-        case "softplus":
-            x = F.softplus(x)
-        case "swish":
-            x = F.silu(x)
-    if gain is None:
-        gain = _SQRT2 if act in ("relu", "lrelu", "swish") else 1.0
-    x = x if gain == 1 else x * gain
-    return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 1) -> Tensor:

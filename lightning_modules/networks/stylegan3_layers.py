@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_modules.networks.filtered_convolution import FilteredConvolution, filtered_convolution
 from lightning_modules.networks.filtered_lrelu import (
     FilteredActivation,
-    activate,
     design_lowpass_filter,
     filtered_activation,
+    filtered_lrelu,
 )
 from lightning_modules.networks.layers import SLOPE, SQRT2, FullyConnectedLayer, fast_layout
 from lightning_modules.networks.operators import demodulation, modulated_conv2d
@@ -194,7 +194,20 @@ class SynthesisLayer(nn.Module):
             normalize=True,
             input_gain=input_gain,
         )
-        return [activate(x, self._activation(x, x.shape[2], *self.padding))]
+        return [
+            filtered_lrelu(
+                x,
+                self.up_filter,
+                self.down_filter,
+                None,
+                self.up,
+                self.down,
+                [*self.padding, *self.padding],
+                1.0 if self.is_torgb else SQRT2,
+                1.0 if self.is_torgb else SLOPE,
+                self.conv_clamp,
+            )
+        ]
 
     def _by_sample(self, x: Tensor) -> bool:
         """Whether to modulate the weights instead of the features: on the CPU, if there are fewer of them."""

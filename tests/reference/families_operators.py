@@ -4,6 +4,7 @@ import torch
 from comparison import Family, Meta, NotImplementedYetError, Tensors, gradients, table
 
 from lightning_modules.networks import operators
+from lightning_modules.networks.bias_act import bias_act
 
 
 def op_upfirdn2d(meta: Meta, ref: Tensors) -> Tensors:
@@ -23,7 +24,7 @@ def op_bias_act(meta: Meta, ref: Tensors) -> Tensors:
     ours: Tensors = {}
     for key, case in table(meta):
         inputs = [ref[f"{key}/{name}"].requires_grad_() for name in "xb" if f"{key}/{name}" in ref]
-        y = operators.bias_act(inputs[0], inputs[1] if len(inputs) == 2 else None, **case["kw"])
+        y = bias_act(inputs[0], inputs[1] if len(inputs) == 2 else None, **case["kw"])
         first = torch.autograd.grad((y * ref[f"{key}/r"]).sum(), inputs, create_graph=True)
         ours[f"{key}/y"] = y
         ours |= {f"{key}/d{name}": g for name, g in zip("xb", first, strict=False)}
