@@ -79,11 +79,11 @@ class AdversarialGenerator(ImageGenerator):
         discriminator_lr: learning rate of the discriminator's Adam; likewise.
         adam_betas: decay rates of both.
         growing: schedule of progressive growing; None trains at full resolution throughout.
-        augmentation: what the discriminator sees real and generated images through; None is nothing.
-        mirror: show real images and their left-right mirror images alike; changes the anatomy.
+        augmentation: what the discriminator sees real and generated images through, for small data sets.
+        mirror: show real images and their left-right mirror images alike; changes the anatomy, off by default.
         micro_batches: the images of an iteration are worked off in that many parts whose gradients are averaged.
         seed: all latents and noise of training follow from it and the clock.
-        init_from: checkpoint, of a run or imported, whose networks training starts from.
+        kwargs: of `ImageGenerator`.
     """
 
     class_counts: Tensor
@@ -94,15 +94,15 @@ class AdversarialGenerator(ImageGenerator):
         discriminator: nn.Module,
         generator_lr: float,
         discriminator_lr: float,
-        adam_betas: tuple[float, float],
-        growing: GrowingSchedule | None,
-        augmentation: AdaptiveAugmentation | None,
-        mirror: bool,
-        micro_batches: int,
-        seed: int,
-        init_from: str | None,
+        adam_betas: tuple[float, float] = (0.0, 0.99),
+        growing: GrowingSchedule | None = None,
+        augmentation: AdaptiveAugmentation | None = None,
+        mirror: bool = False,
+        micro_batches: int = 1,
+        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(init_from)
+        super().__init__(**kwargs)
         if micro_batches < 1:
             raise ValueError(f"Expected micro_batches to be at least 1, but got {micro_batches}.")
         self.automatic_optimization = False
@@ -203,7 +203,7 @@ class AdversarialGenerator(ImageGenerator):
         if self.c_dim:
             condition = tumour_classes(batch["slices"])
             self.class_counts += self.mean_over_ranks(condition) * (len(condition) * self.trainer.world_size)
-        left = Samples(slices_to_images(batch["slices"]), batch["position"], condition)
+        left = Samples(slices_to_images(batch["slices"], self.label_levels), batch["position"], condition)
         while len(left):
             images = self._begin_iteration(len(left) * self.trainer.world_size) // self.trainer.world_size
             self._iterate(left[:images])

@@ -15,34 +15,51 @@ from torch.utils.data import DataLoader
 from lightning_modules.base import ImageClockModule
 
 N_CLASSES = 4
+LABEL_LEVELS = (0.0, 85.0, 170.0, 255.0)
+"""Grey levels that generators make of the classes: evenly spaced."""
 
 
-def slices_to_images(slices: Tensor) -> Tensor:
+def check_levels(levels: Sequence[float]) -> list[float]:
+    """Check the grey levels of the classes.
+
+    Raises:
+        ValueError: if they are not four increasing numbers from 0 to 255.
+    """
+    levels = list(levels)
+    if len(levels) != N_CLASSES or sorted(set(levels)) != levels or not 0 <= levels[0] <= levels[-1] <= 255:
+        raise ValueError(f"Expected {N_CLASSES} label_levels from 0 to 255, increasing, but got {levels}.")
+    return levels
+
+
+def slices_to_images(slices: Tensor, label_levels: Sequence[float] = LABEL_LEVELS) -> Tensor:
     """Turn slices as stored into images as generators see them.
 
     Args:
         slices: uint8 (N, 5, H, W): grey levels 0..255 and, last, the class index 0..3.
+        label_levels: grey level 0..255 that each class becomes.
 
     Returns:
-        float32 (N, 5, H, W) in [-1, 1]; the classes become four evenly spaced intensities.
+        float32 (N, 5, H, W) in [-1, 1].
     """
-    images = slices.float()
-    modalities, label = images[:, :-1], images[:, -1:]
-    return torch.cat([modalities / 127.5 - 1.0, label * (2.0 / (N_CLASSES - 1)) - 1.0], dim=1)
+    levels = torch.tensor(label_levels, device=slices.device)
+    label = levels[slices[:, -1:].long()]
+    return torch.cat([slices[:, :-1].float(), label], dim=1) / 127.5 - 1.0
 
 
-def images_to_slices(images: Tensor) -> Tensor:
+def images_to_slices(images: Tensor, label_levels: Sequence[float] = LABEL_LEVELS) -> Tensor:
     """Turn generated images into slices: grey levels are rounded, the label becomes the nearest class.
 
     Args:
         images: float (N, 5, H, W), nominally in [-1, 1]; values outside are clamped.
+        label_levels: grey level 0..255 of each class.
 
     Returns:
         uint8 (N, 5, H, W).
     """
-    images = images.float()
-    modalities = ((images[:, :-1] + 1.0) * 127.5).round().clamp(0, 255)
-    label = ((images[:, -1:] + 1.0) * ((N_CLASSES - 1) / 2.0)).round().clamp(0, N_CLASSES - 1)
+    grey = (images.float() + 1.0) * 127.5
+    modalities = grey[:, :-1].round().clamp(0, 255)
+    levels = torch.tensor(label_levels, device=images.device)
+    label = torch.bucketize(grey[:, -1:].contiguous(), (levels[1:] + levels[:-1]) / 2)
     return torch.cat([modalities, label], dim=1).to(torch.uint8)
 
 
@@ -81,12 +98,15 @@ class ImageGenerator(ImageClockModule):
     Args:
         init_from: checkpoint, of a run or imported, whose networks a new run starts from; clock, optimizers and
             statistics start anew.
+        label_levels: grey levels 0..255 that the classes 0..3 of the label are learned as. The paper's are 0, 51, 102
+            and 204.
     """
 
     ema_network: nn.Module | None
 
-    def __init__(self, init_from: str | None = None) -> None:
+    def __init__(self, init_from: str | None = None, label_levels: Sequence[float] = LABEL_LEVELS) -> None:
         super().__init__()
+        self.label_levels = check_levels(label_levels)
         self.ema_network = None
         self.init_from = init_from
         self.image_plan: ImagePlan | None = None
@@ -156,7 +176,7 @@ class ImageGenerator(ImageClockModule):
     @torch.no_grad()
     def generate_slices(self, index: Tensor, seed: int) -> Tensor:
         """Make slices in the form in which they are stored: uint8 (N, 5, H, W)."""
-        return images_to_slices(self.generate(index.to(self.device), seed))
+        return images_to_slices(self.generate(index.to(self.device), seed), self.label_levels)
 
     @property
     def _sampled_name(self) -> str:

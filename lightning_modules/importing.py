@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from lightning_modules.image_generator import LABEL_LEVELS, check_levels
 from lightning_modules.official_checkpoints import OfficialCheckpoint, OfficialNetwork, torch_checkpoint
 from lightning_modules.official_diffusion import diffusion_checkpoint
 from lightning_modules.official_tensorflow import tensorflow_checkpoint
@@ -34,7 +35,9 @@ CHANNELS = ("T1", "T1ce", "T2", "FLAIR", "label")
 """Names and order of the channels of a slice set."""
 
 
-def import_checkpoint(checkpoint: Path, out: Path, channels: str | None = None) -> Path:
+def import_checkpoint(
+    checkpoint: Path, out: Path, channels: str | None = None, label_levels: str | None = None
+) -> Path:
     """Turn an official checkpoint into one of ours, without executing anything that is in the file.
 
     Reads network pickles of StyleGAN 2 ADA and StyleGAN 3 (PyTorch), of progressive GAN and StyleGAN 1 (TensorFlow),
@@ -47,6 +50,8 @@ def import_checkpoint(checkpoint: Path, out: Path, channels: str | None = None) 
         out: folder for the result; new or empty.
         channels: names of the image channels in the order of the file, e.g. `t1,t2,flair,t1ce,label`. Needed if there
             are five; they are sorted into the order of a slice set (T1, T1ce, T2, FLAIR, label).
+        label_levels: grey levels 0..255 of the four classes of the label in the images that the network was trained
+            on, e.g. `0,51,102,204`, those of the paper. By default evenly spaced from 0 to 255.
 
     Returns:
         The folder.
@@ -64,10 +69,11 @@ def import_checkpoint(checkpoint: Path, out: Path, channels: str | None = None) 
     try:
         official = read_official(data)
         names = channel_names(channels, count_channels(official))
+        levels = parse_levels(label_levels)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
     source = {"file": checkpoint.name, "sha256": hashlib.sha256(data).hexdigest(), "kind": official.kind}
-    write(official, names, source, out)
+    write(official, names, levels, source, out)
     return out
 
 
@@ -136,6 +142,23 @@ def channel_names(given: str | None, count: int) -> list[str]:
     return names
 
 
+def parse_levels(given: str | None) -> list[float]:
+    """Read the grey levels of the classes.
+
+    Args:
+        given: four increasing numbers from 0 to 255, separated by commas; None for those of `LABEL_LEVELS`.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    if given is None:
+        return list(LABEL_LEVELS)
+    try:
+        return check_levels([float(level) for level in given.split(",")])
+    except ValueError as error:
+        raise ValueError(f"--label_levels {given}: expected four increasing numbers from 0 to 255") from error
+
+
 def sort_channels(network: OfficialNetwork, order: Sequence[int]) -> dict[str, Tensor]:
     """Put the image channels of the weights that face the image into another order; give all weights."""
     sorted_weights = {}
@@ -149,7 +172,9 @@ def sort_channels(network: OfficialNetwork, order: Sequence[int]) -> dict[str, T
     return sorted_weights
 
 
-def write(official: OfficialCheckpoint, names: Sequence[str], source: dict[str, str], out: Path) -> None:
+def write(
+    official: OfficialCheckpoint, names: Sequence[str], levels: Sequence[float], source: dict[str, str], out: Path
+) -> None:
     """Write the folder, under a temporary name first, so that nobody ever sees half of it."""
     ours = sorted(names) == sorted(CHANNELS)
     order = [names.index(name) for name in CHANNELS] if ours else list(range(len(names)))
@@ -174,13 +199,13 @@ def write(official: OfficialCheckpoint, names: Sequence[str], source: dict[str, 
             file.flush()
             os.fsync(file.fileno())
         if official.model is not None:
-            (temporary / "model.yaml").write_text(model_yaml(official, source, out))
+            (temporary / "model.yaml").write_text(model_yaml(official, levels, source, out))
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def model_yaml(official: OfficialCheckpoint, source: dict[str, str], out: Path) -> str:
+def model_yaml(official: OfficialCheckpoint, levels: Sequence[float], source: dict[str, str], out: Path) -> str:
     """Configure our training rule to start from the imported weights."""
     arguments: dict[str, Any] = {
         name: {"class_path": network.class_path, "init_args": network.init_args()}
@@ -190,6 +215,7 @@ def model_yaml(official: OfficialCheckpoint, source: dict[str, str], out: Path) 
     if official.lod is not None:  # a network that was grown goes on at full resolution
         resolution = official.networks["generator"].arguments["img_resolution"]
         arguments["growing"] = {"img_resolution": resolution, "lod_initial_resolution": resolution}
+    arguments["label_levels"] = list(levels)
     arguments["init_from"] = str(out.absolute() / "imported.ckpt")
     model = {"model": {"class_path": official.model, "init_args": arguments}}
     return (

@@ -8,11 +8,11 @@ arXiv 1710.10196): growing (section 2), WGAN-GP loss (Gulrajani et al. 2017, arX
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.ada import AdaptiveAugmentation
 from lightning_modules.adversarial import AdversarialGenerator, Phase, Samples
 from lightning_modules.counter_random import Stream, random_normal, random_uniform
 from lightning_modules.growing import GrowingSchedule
@@ -32,15 +32,10 @@ class ProgressiveGAN(AdversarialGenerator):
         generator: latent code to image.
         discriminator: image to score.
         growing: resolution, minibatch and learning rate as functions of the images seen.
-        adam_betas: decay rates of both Adams.
         penalty_weight: weight of the gradient penalty.
         penalty_target: norm of the gradient that the penalty asks for.
         drift_weight: weight of the squared scores of real images.
-        augmentation: what the discriminator sees images through, for small data sets.
-        mirror: show real images and their left-right mirror images alike; changes the anatomy, off by default.
-        micro_batches: parts of a batch whose gradients are averaged, to save memory.
-        seed: latents of training follow from it and the clock.
-        init_from: checkpoint, of a run or imported, whose networks training starts from.
+        kwargs: of `AdversarialGenerator`.
     """
 
     generator: ProgressiveGenerator
@@ -50,28 +45,18 @@ class ProgressiveGAN(AdversarialGenerator):
         generator: ProgressiveGenerator,
         discriminator: nn.Module,
         growing: GrowingSchedule,
-        adam_betas: tuple[float, float] = (0.0, 0.99),
         penalty_weight: float = 10.0,
         penalty_target: float = 1.0,
         drift_weight: float = 0.001,
-        augmentation: AdaptiveAugmentation | None = None,
-        mirror: bool = False,
-        micro_batches: int = 1,
-        seed: int = 0,
-        init_from: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             generator,
             discriminator,
             growing.learning_rate(0),
             growing.learning_rate(0),
-            adam_betas,
             growing=growing,
-            augmentation=augmentation,
-            mirror=mirror,
-            micro_batches=micro_batches,
-            seed=seed,
-            init_from=init_from,
+            **kwargs,
         )
         self.save_hyperparameters()
         if generator.label_size:

@@ -29,11 +29,27 @@ def test_generated_label_becomes_the_nearest_class_and_values_are_clamped():
     assert slices[0, 4, 0].tolist() == [0, 0, 1, 2, 2, 3]
 
 
+def test_classes_are_learned_as_the_grey_levels_that_the_user_gives():
+    levels = [0, 51, 102, 204]
+    slices = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 2, 2).repeat(1, 5, 1, 1)
+    images = slices_to_images(slices, levels)
+    torch.testing.assert_close((images[0, 4].flatten() + 1) * 127.5, torch.tensor([0.0, 51, 102, 204]))
+    assert torch.equal(images_to_slices(images, levels), slices)
+    images[:, 4] = torch.tensor([[25, 26], [152, 154]]) / 127.5 - 1
+    assert images_to_slices(images, levels)[0, 4].flatten().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("levels", [(0, 85, 170), (0, 85, 85, 255), (0, 170, 85, 255), (0, 51, 102, 256)])
+def test_grey_levels_that_no_label_can_have_are_refused(levels):
+    with pytest.raises(ValueError, match="Expected 4 label_levels from 0 to 255, increasing"):
+        Toy(label_levels=levels)
+
+
 class Toy(ImageGenerator):
     """One weight that starts at 0."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
         self.network = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(self.network.weight)
 

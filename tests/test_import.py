@@ -139,6 +139,17 @@ def test_the_checkpoint_says_where_it_is_from(path, tmp_path):
     assert_all_arguments_are_stated(model)
 
 
+def test_the_grey_levels_of_the_label_are_those_that_the_user_states(tmp_path):
+    arguments = {"checkpoint": PICKLES[0], "channels": IN_FILE}
+    for name, levels, expected in (("even", None, [0, 85, 170, 255]), ("paper", "0,51,102,204", [0, 51, 102, 204])):
+        import_checkpoint(**arguments, out=tmp_path / name, label_levels=levels)
+        model = yaml.safe_load((tmp_path / name / "model.yaml").read_text())["model"]
+        assert model["init_args"]["label_levels"] == expected
+    with pytest.raises(ValueError, match="--label_levels 0,51,102: expected four increasing numbers"):
+        import_checkpoint(**arguments, out=tmp_path / "bad", label_levels="0,51,102")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_an_imported_generator_is_sampled_by_predict(tmp_path):
     _, _, networks = imported(OFFICIAL / "sg2ada_5ch_32.nosrc.pkl", tmp_path / "imported")
     slices = write_slice_set(tmp_path / "slices", size_px=32)

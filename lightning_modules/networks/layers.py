@@ -85,9 +85,8 @@ class FullyConnectedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        gain = SQRT2 if activation == "lrelu" else 1.0
-        self.weight_gain = gain * lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = gain * lr_multiplier
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
 
@@ -95,7 +94,7 @@ class FullyConnectedLayer(nn.Module):
         """(N, in) -> (N, out), float32 under autocast too."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.linear(x.float(), self.weight * self.weight_gain, self.bias * self.bias_gain)
-        return leaky_relu(x, None) if self.activation == "lrelu" else x
+        return leaky_relu(x, None) * SQRT2 if self.activation == "lrelu" else x
 
 
 def unit_second_moment(x: Tensor) -> Tensor:

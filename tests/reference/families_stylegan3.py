@@ -58,9 +58,7 @@ def sg3_generator(meta: Meta, ref: Tensors) -> Tensors:
     ours["out/fourier_input"] = acts["input"]
     ours |= {f"out/act_first/{name}": acts[name][0][:1] for name in synthesis.layer_names}
 
-    # From the recorded w: the gradient jumps where an activation changes its sign, and among millions of them there is
-    # one that the last bit of w decides.
-    leaf = ref["out/ws"].clone().requires_grad_()
+    leaf = ws.clone().requires_grad_()
     names = meta["param_order_for_norms"]
     scalar = (synthesis(leaf) * ref["in/r"]).sum()
     grads = gradients(scalar, [leaf, *(synthesis.get_parameter(n) for n in names)])
