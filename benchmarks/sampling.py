@@ -54,6 +54,7 @@ def main(
     batch: int = 16,
     device: str = "cpu",
     threads: int = 2,
+    compiled: bool = False,
     seed: int = 0,
 ) -> None:
     """Measure.
@@ -64,11 +65,14 @@ def main(
         batch: images made at once.
         device: cpu or cuda.
         threads: of the CPU.
+        compiled: by `torch.compile`, as `callbacks.SyntheticDataset` does with `compiled: true`.
         seed: of weights and images.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     model = build(config, seed).to(device).eval()
+    if compiled:
+        model.sampled_network.compile()
     model.generate_slices(torch.arange(batch), seed)
     making, writing = 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -32,9 +32,18 @@ class SyntheticDataset(Callback):
         seed: image i depends on the weights, this seed and i.
         batch_size: images made at once.
         shard_mib: largest size of a file of the finished set.
+        compiled: use `torch.compile`, which needs a C++ compiler on the CPU. On a CPU it made StyleGAN 2 a third faster
+            after 12 s of compilation, and StyleGAN 3 slower. The images differ by rounding.
     """
 
-    def __init__(self, slices: int = 10_000, seed: int = 0, batch_size: int = 64, shard_mib: int = 1024) -> None:
+    def __init__(
+        self,
+        slices: int = 10_000,
+        seed: int = 0,
+        batch_size: int = 64,
+        shard_mib: int = 1024,
+        compiled: bool = False,
+    ) -> None:
         for name, value in (("slices", slices), ("batch_size", batch_size), ("shard_mib", shard_mib)):
             if value < 1:
                 raise ValueError(f"SyntheticDataset: expected {name} to be at least 1, but got {value}.")
@@ -42,6 +51,7 @@ class SyntheticDataset(Callback):
         self.seed = seed
         self.batch_size = batch_size
         self.shard_mib = shard_mib
+        self.compiled = compiled
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the generator which images to make."""
@@ -58,10 +68,12 @@ class SyntheticDataset(Callback):
         A rank without work repeats the last batch, because Lightning calls no hooks (where the ranks wait for each
         other) for an empty loader.
         """
-        network = generator.ema_network if generator.ema_network is not None else generator.sampled_network
-        self.weights = weights_hash(network)
+        self.weights = weights_hash(_sampled(generator))
         self.hyperparameters = {name: _plain(value) for name, value in generator.hparams.items()}
-        settings = (self.weights, self.seed, self.batch_size, self.hyperparameters, str(trainer.precision))
+        settings = (
+            *(self.weights, self.seed, self.batch_size, self.hyperparameters, str(trainer.precision)),
+            *(["compiled"] if self.compiled else []),
+        )
         self.plan = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         batches = [range(start, start + self.batch_size) for start in range(0, self.slices, self.batch_size)]
         missing = []
@@ -84,6 +96,12 @@ class SyntheticDataset(Callback):
 
     def _part(self, start: int) -> Path:
         return self.partial / f"part-{start:09d}.npy"
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compile the network if that is wanted."""
+        assert isinstance(pl_module, ImageGenerator)
+        if self.compiled:
+            _sampled(pl_module).compile()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -122,6 +140,7 @@ class SyntheticDataset(Callback):
             "weights_sha256": self.weights,
             "plan_sha256": self.plan,
             "precision": str(trainer.precision),
+            "compiled": self.compiled,
             "generator": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
             "hyperparameters": self.hyperparameters,
             "images_seen": getattr(pl_module, "images_seen", 0),
@@ -136,6 +155,10 @@ class SyntheticDataset(Callback):
         if self.final.exists():
             shutil.rmtree(self.final)
         self.partial.rename(self.final)
+
+
+def _sampled(generator: ImageGenerator) -> nn.Module:
+    return generator.sampled_network if generator.ema_network is None else generator.ema_network
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -167,6 +167,18 @@ def test_networks_in_the_middle_of_a_fade_in_make_the_images_of_that_level(slice
     assert np.array_equal(ours, theirs)
 
 
+def test_a_compiled_network_makes_the_same_images_up_to_rounding(generator_run, slice_set, tmp_path):
+    text = (ROOT / "configs" / "laptop" / "stylegan2.yaml").read_text()
+    config = tmp_path / "compiled.yaml"
+    config.write_text(text.replace('{slices: "${synthetic_slices}"}', "{slices: 100, compiled: true}"))
+    _, *args = stylegan2_args(tmp_path / "run", slice_set)
+    train([f"--config={config}", *args, f"--model.init_from={_last(generator_run)}", "--task=predict"])
+    assert read_manifest(tmp_path / "run" / "synthetic").content["compiled"] is True
+    ours, theirs = (SliceSet(run / "synthetic").read(range(100)) for run in (tmp_path / "run", generator_run))
+    assert np.abs(ours[:, :4].astype(int) - theirs[:, :4]).max() <= 1
+    assert (ours[:, 4] != theirs[:, 4]).mean() < 0.001
+
+
 def test_networks_that_do_not_fit_are_refused_with_their_shapes(generator_run, slice_set, tmp_path):
     source = generator_run / "checkpoints" / "last.ckpt"
     args = [*stylegan2_args(tmp_path / "run", slice_set), f"--model.init_from={source}"]
