@@ -79,11 +79,12 @@ class AdversarialGenerator(ImageGenerator):
         discriminator_lr: learning rate of the discriminator's Adam; likewise.
         adam_betas: decay rates of both.
         growing: schedule of progressive growing; None trains at full resolution throughout.
-        augmentation: what the discriminator sees real and generated images through, for small data sets.
-        mirror: show real images and their left-right mirror images alike; changes the anatomy, off by default.
+        augmentation: what the discriminator sees real and generated images through; None is nothing.
+        mirror: show real images and their left-right mirror images alike; changes the anatomy.
         micro_batches: the images of an iteration are worked off in that many parts whose gradients are averaged.
         seed: all latents and noise of training follow from it and the clock.
-        kwargs: of `ImageGenerator`.
+        init_from: checkpoint, of a run or imported, whose networks training starts from.
+        label_levels: grey levels (0 to 255) of the classes in training images; the paper's are 0, 51, 102, 204.
     """
 
     class_counts: Tensor
@@ -94,15 +95,16 @@ class AdversarialGenerator(ImageGenerator):
         discriminator: nn.Module,
         generator_lr: float,
         discriminator_lr: float,
-        adam_betas: tuple[float, float] = (0.0, 0.99),
-        growing: GrowingSchedule | None = None,
-        augmentation: AdaptiveAugmentation | None = None,
-        mirror: bool = False,
-        micro_batches: int = 1,
-        seed: int = 0,
-        **kwargs: Any,
+        adam_betas: tuple[float, float],
+        growing: GrowingSchedule | None,
+        augmentation: AdaptiveAugmentation | None,
+        mirror: bool,
+        micro_batches: int,
+        seed: int,
+        init_from: str | None,
+        label_levels: Sequence[float],
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(init_from, label_levels)
         if micro_batches < 1:
             raise ValueError(f"Expected micro_batches to be at least 1, but got {micro_batches}.")
         self.automatic_optimization = False

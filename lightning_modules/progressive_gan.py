@@ -8,14 +8,15 @@ arXiv 1710.10196): growing (section 2), WGAN-GP loss (Gulrajani et al. 2017, arX
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.ada import AdaptiveAugmentation
 from lightning_modules.adversarial import AdversarialGenerator, Phase, Samples
 from lightning_modules.counter_random import Stream, random_normal, random_uniform
 from lightning_modules.growing import GrowingSchedule
+from lightning_modules.image_generator import LABEL_LEVELS
 from lightning_modules.losses import (
     gradient_penalty,
     wasserstein_discriminator_loss,
@@ -32,10 +33,16 @@ class ProgressiveGAN(AdversarialGenerator):
         generator: latent code to image.
         discriminator: image to score.
         growing: resolution, minibatch and learning rate as functions of the images seen.
+        adam_betas: decay rates of both Adams.
         penalty_weight: weight of the gradient penalty.
         penalty_target: norm of the gradient that the penalty asks for.
         drift_weight: weight of the squared scores of real images.
-        kwargs: of `AdversarialGenerator`.
+        augmentation: what the discriminator sees images through, for small data sets.
+        mirror: show real images and their left-right mirror images alike; changes the anatomy, off by default.
+        micro_batches: parts of a batch whose gradients are averaged, to save memory.
+        seed: latents of training follow from it and the clock.
+        init_from: checkpoint, of a run or imported, whose networks training starts from.
+        label_levels: grey levels (0 to 255) of the classes in training images; the paper's are 0, 51, 102, 204.
     """
 
     generator: ProgressiveGenerator
@@ -45,18 +52,30 @@ class ProgressiveGAN(AdversarialGenerator):
         generator: ProgressiveGenerator,
         discriminator: nn.Module,
         growing: GrowingSchedule,
+        adam_betas: tuple[float, float] = (0.0, 0.99),
         penalty_weight: float = 10.0,
         penalty_target: float = 1.0,
         drift_weight: float = 0.001,
-        **kwargs: Any,
+        augmentation: AdaptiveAugmentation | None = None,
+        mirror: bool = False,
+        micro_batches: int = 1,
+        seed: int = 0,
+        init_from: str | None = None,
+        label_levels: Sequence[float] = LABEL_LEVELS,
     ) -> None:
         super().__init__(
             generator,
             discriminator,
             growing.learning_rate(0),
             growing.learning_rate(0),
+            adam_betas,
             growing=growing,
-            **kwargs,
+            augmentation=augmentation,
+            mirror=mirror,
+            micro_batches=micro_batches,
+            seed=seed,
+            init_from=init_from,
+            label_levels=label_levels,
         )
         self.save_hyperparameters()
         if generator.label_size:

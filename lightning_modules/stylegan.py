@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.ada import AdaptiveAugmentation
 from lightning_modules.adversarial import AdversarialGenerator, Phase, Samples
 from lightning_modules.counter_random import Stream, random_normal, random_uniform, random_words
+from lightning_modules.growing import GrowingSchedule
+from lightning_modules.image_generator import LABEL_LEVELS
 from lightning_modules.losses import (
     discriminator_logistic_loss,
     generator_nonsaturating_loss,
@@ -39,12 +41,19 @@ class StyleGAN(AdversarialGenerator):
         discriminator: image to logit.
         generator_lr: learning rate of the generator.
         discriminator_lr: learning rate of the discriminator.
+        adam_betas: decay rates of both Adams.
         r1_gamma: weight of the R1 penalty; the loss term is gamma / 2 times the squared gradient norm.
         style_mixing_probability: how many samples use a second latent code from a random layer on.
         w_avg_decay: decay of the mean of w that truncation leads to.
         truncation_psi: truncation of emitted images; 1 is none.
         truncation_cutoff: number of layers that are truncated; None is all.
-        kwargs: of `AdversarialGenerator`.
+        growing: schedule of progressive growing.
+        augmentation: what the discriminator sees images through.
+        mirror: show real images and their left-right mirror images alike.
+        micro_batches: parts of a batch whose gradients are averaged, to save memory.
+        seed: latents and noise of training follow from it and the clock.
+        init_from: checkpoint whose networks training starts from.
+        label_levels: grey levels (0 to 255) of the classes in training images; the paper's are 0, 51, 102, 204.
     """
 
     generator: StyleBasedGenerator
@@ -55,14 +64,34 @@ class StyleGAN(AdversarialGenerator):
         discriminator: nn.Module,
         generator_lr: float,
         discriminator_lr: float,
+        adam_betas: tuple[float, float],
         r1_gamma: float,
         style_mixing_probability: float,
         w_avg_decay: float,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-        **kwargs: Any,
+        truncation_psi: float,
+        truncation_cutoff: int | None,
+        growing: GrowingSchedule | None,
+        augmentation: AdaptiveAugmentation | None,
+        mirror: bool,
+        micro_batches: int,
+        seed: int,
+        init_from: str | None,
+        label_levels: Sequence[float],
     ) -> None:
-        super().__init__(generator, discriminator, generator_lr, discriminator_lr, **kwargs)
+        super().__init__(
+            generator,
+            discriminator,
+            generator_lr,
+            discriminator_lr,
+            adam_betas,
+            growing=growing,
+            augmentation=augmentation,
+            mirror=mirror,
+            micro_batches=micro_batches,
+            seed=seed,
+            init_from=init_from,
+            label_levels=label_levels,
+        )
         self.r1_gamma = r1_gamma
         self.style_mixing_probability = style_mixing_probability
         self.w_avg_decay = w_avg_decay
@@ -143,6 +172,7 @@ class StyleGAN2(StyleGAN):
         discriminator: image to logit.
         generator_lr: learning rate of the generator.
         discriminator_lr: learning rate of the discriminator.
+        adam_betas: decay rates of both Adams.
         r1_gamma: weight of the R1 penalty; the loss term is gamma / 2 times the squared gradient norm.
         r1_interval: R1 every that many iterations.
         path_length_weight: weight of the path length penalty; 0 turns it off.
@@ -151,7 +181,14 @@ class StyleGAN2(StyleGAN):
         path_length_batch_shrink: only that fraction (1 / n) of the batch enters the path length.
         style_mixing_probability: how many samples use a second latent code from a random layer on.
         w_avg_decay: decay of the mean of w that truncation leads to.
-        kwargs: of `StyleGAN`.
+        truncation_psi: truncation of emitted images; 1 is none.
+        truncation_cutoff: number of layers that are truncated; None is all.
+        augmentation: what the discriminator sees images through, for small data sets.
+        mirror: show real images and their left-right mirror images alike; changes the anatomy, off by default.
+        micro_batches: parts of a batch whose gradients are averaged, to save memory.
+        seed: latents and noise of training follow from it and the clock.
+        init_from: checkpoint, of a run or imported, whose networks training starts from.
+        label_levels: grey levels (0 to 255) of the classes in training images; the paper's are 0, 51, 102, 204.
     """
 
     path_length_mean: Tensor
@@ -162,6 +199,7 @@ class StyleGAN2(StyleGAN):
         discriminator: nn.Module,
         generator_lr: float = 0.002,
         discriminator_lr: float = 0.002,
+        adam_betas: tuple[float, float] = (0.0, 0.99),
         r1_gamma: float = 10.0,
         r1_interval: int = 16,
         path_length_weight: float = 2.0,
@@ -170,18 +208,33 @@ class StyleGAN2(StyleGAN):
         path_length_batch_shrink: int = 2,
         style_mixing_probability: float = 0.9,
         w_avg_decay: float = 0.998,
-        **kwargs: Any,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        augmentation: AdaptiveAugmentation | None = None,
+        mirror: bool = False,
+        micro_batches: int = 1,
+        seed: int = 0,
+        init_from: str | None = None,
+        label_levels: Sequence[float] = LABEL_LEVELS,
     ) -> None:
         super().__init__(
             generator,
             discriminator,
             generator_lr,
             discriminator_lr,
-            r1_gamma,
-            style_mixing_probability,
-            w_avg_decay,
+            adam_betas,
+            r1_gamma=r1_gamma,
+            style_mixing_probability=style_mixing_probability,
+            w_avg_decay=w_avg_decay,
+            truncation_psi=truncation_psi,
+            truncation_cutoff=truncation_cutoff,
             growing=None,
-            **kwargs,
+            augmentation=augmentation,
+            mirror=mirror,
+            micro_batches=micro_batches,
+            seed=seed,
+            init_from=init_from,
+            label_levels=label_levels,
         )
         self.save_hyperparameters()
         self.r1_interval = r1_interval
@@ -251,10 +304,20 @@ class StyleGAN3(StyleGAN2):
         discriminator: image to logit, as in StyleGAN 2.
         generator_lr: learning rate of the generator.
         discriminator_lr: learning rate of the discriminator.
+        adam_betas: decay rates of both Adams.
         r1_gamma: weight of the R1 penalty.
+        r1_interval: R1 every that many iterations.
         blur_sigma_px: standard deviation of the blur at the start: 0 for T, 10 for R.
         blur_fade_kimg: the blur shrinks linearly to nothing by then.
-        kwargs: of `StyleGAN2`.
+        w_avg_decay: decay of the mean of w that truncation leads to.
+        truncation_psi: truncation of emitted images; 1 is none.
+        truncation_cutoff: number of layers that are truncated; None is all.
+        augmentation: what the discriminator sees images through, for small data sets.
+        mirror: show real images and their left-right mirror images alike; changes the anatomy, off by default.
+        micro_batches: parts of a batch whose gradients are averaged, to save memory.
+        seed: latents of training follow from it and the clock.
+        init_from: checkpoint, of a run or imported, whose networks training starts from.
+        label_levels: grey levels (0 to 255) of the classes in training images; the paper's are 0, 51, 102, 204.
     """
 
     generator: StyleGAN3Generator
@@ -265,20 +328,40 @@ class StyleGAN3(StyleGAN2):
         discriminator: nn.Module,
         generator_lr: float = 0.0025,
         discriminator_lr: float = 0.002,
+        adam_betas: tuple[float, float] = (0.0, 0.99),
         r1_gamma: float = 2.0,
+        r1_interval: int = 16,
         blur_sigma_px: float = 0.0,
         blur_fade_kimg: float = 200.0,
-        **kwargs: Any,
+        w_avg_decay: float = 0.998,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        augmentation: AdaptiveAugmentation | None = None,
+        mirror: bool = False,
+        micro_batches: int = 1,
+        seed: int = 0,
+        init_from: str | None = None,
+        label_levels: Sequence[float] = LABEL_LEVELS,
     ) -> None:
         super().__init__(
             generator,
             discriminator,
             generator_lr,
             discriminator_lr,
-            r1_gamma,
+            adam_betas,
+            r1_gamma=r1_gamma,
+            r1_interval=r1_interval,
             path_length_weight=0.0,
             style_mixing_probability=0.0,
-            **kwargs,
+            w_avg_decay=w_avg_decay,
+            truncation_psi=truncation_psi,
+            truncation_cutoff=truncation_cutoff,
+            augmentation=augmentation,
+            mirror=mirror,
+            micro_batches=micro_batches,
+            seed=seed,
+            init_from=init_from,
+            label_levels=label_levels,
         )
         self.save_hyperparameters()
         if blur_fade_kimg <= 0:
