@@ -43,6 +43,12 @@ COMMANDS = {
         "standin import network-snapshot.pkl imported --channels t1,t2,flair,t1ce,label\n"
         "python train.py --config configs/stylegan2.yaml --config imported/model.yaml --data.root SLICES",
     ),
+    "check-sampler": Command(
+        "lightning_modules.sampler_check",
+        "check_sampler",
+        "check the samplers of diffusion models against closed forms, at any number of steps",
+        "standin check-sampler\nstandin check-sampler --steps all --only_deviating true",
+    ),
     "report": Command(
         "study.report",
         "report",
@@ -56,7 +62,7 @@ COMMANDS = {
 def overview() -> str:
     """Say which subcommands there are."""
     lines = ["usage: standin COMMAND ...", "", "May a synthetic set of brain MR images stand in for the real one?", ""]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`standin COMMAND --help` shows the options of a command. Training: `python train.py --help`."]
     return "\n".join(lines)
 

@@ -36,6 +36,14 @@ def brain_mask(modalities: Tensor) -> Tensor:
     return modalities.amax(dim=1, keepdim=True) > BRAIN_THRESHOLD
 
 
+def relative_height(slices: SliceSet) -> npt.NDArray[np.float32]:
+    """Say where slices are among those of their volume, 0 the lowest and 1 the highest; 0.5 for the only one: (n,)."""
+    z = slices.index["z"].groupby(slices.index["volume"])
+    low, high = z.transform("min"), z.transform("max")
+    height = (slices.index["z"] - low) / (high - low).clip(lower=1)
+    return height.where(high > low, 0.5).to_numpy(np.float32)
+
+
 class Augmentation(Protocol):
     """A random transform of one slice that can be made deterministic."""
 
@@ -83,6 +91,7 @@ class SliceDataset(Dataset[Batch]):
         self.patients = sorted({patient for part in self.sets for patient in part.patients})
         row = {patient: number for number, patient in enumerate(self.patients)}
         self._patient = np.concatenate([part.index["patient"].map(row).to_numpy(np.int64) for part in self.sets])
+        self._height = np.concatenate([relative_height(part) for part in self.sets])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -91,15 +100,17 @@ class SliceDataset(Dataset[Batch]):
         return {key: value[0] for key, value in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """Give a batch: slices uint8 (N, 5, H, W), position int64 (N,) as asked for, patient int64 (N,) row number.
+        """Give a batch: slices uint8 (N, 5, H, W), and of each its position, patient and height in the volume.
 
-        Augmented slices are float32, and `brain`, bool (N, 1, H, W), is the brain mask moved along with them.
+        position is int64 (N,) as asked for, patient int64 (N,) a row number, height float32 (N,) from 0 to 1. Augmented
+        slices are float32, and `brain`, bool (N, 1, H, W), is the brain mask moved along with them.
         """
         rows = np.asarray(positions, np.int64) if self.order is None else self.order(positions)
         batch = {
             "slices": torch.from_numpy(self.read(rows)),
             "position": torch.tensor(positions, dtype=torch.int64),
             "patient": torch.from_numpy(self._patient[rows]),
+            "height": torch.from_numpy(self._height[rows]),
         }
         return batch if self.augmentation is None else {**batch, **self._augment(self.augmentation, batch)}
 

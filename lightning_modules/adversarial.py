@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,33 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_modules.ada import AdaptiveAugmentation
-from lightning_modules.counter_random import Stream, random_uniform
+from lightning_modules.conditions import Conditions
 from lightning_modules.growing import GrowingSchedule, fade_real
-from lightning_modules.image_generator import ImageGenerator, slices_to_images, tumour_classes
-
-LEFT_RIGHT_AXIS = -2
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Real images of an iteration.
-
-    Attributes:
-        images: float (N, C, H, W) in [-1, 1].
-        position: int64 (N,), their places in the stream of training images; random numbers follow from them.
-        condition: one-hot float (N, classes), or None for a model without classes.
-    """
-
-    images: Tensor
-    position: Tensor
-    condition: Tensor | None = None
-
-    def __getitem__(self, chosen: slice) -> Samples:
-        condition = None if self.condition is None else self.condition[chosen]
-        return Samples(self.images[chosen], self.position[chosen], condition)
-
-    def __len__(self) -> int:
-        return len(self.images)
+from lightning_modules.image_generator import ImageGenerator, Samples
 
 
 @dataclass(frozen=True)
@@ -87,8 +62,6 @@ class AdversarialGenerator(ImageGenerator):
         label_levels: grey levels (0 to 255) of the classes in training images; the paper's are 0, 51, 102, 204.
     """
 
-    class_counts: Tensor
-
     def __init__(
         self,
         generator: nn.Module,
@@ -120,7 +93,7 @@ class AdversarialGenerator(ImageGenerator):
         self.seed = seed
         self._lod: float | None = None
         self.c_dim: int = getattr(generator, "c_dim", 0)
-        self.register_buffer("class_counts", torch.zeros(self.c_dim, dtype=torch.float64), persistent=self.c_dim > 0)
+        self.conditions = Conditions(["tumour"]) if self.c_dim == 2 else Conditions.unnamed(self.c_dim)
 
     @property
     def sampled_network(self) -> nn.Module:
@@ -201,11 +174,7 @@ class AdversarialGenerator(ImageGenerator):
             batch: slices uint8 (N, 5, H, W), position int64 (N,).
             batch_idx: unused.
         """
-        condition = None
-        if self.c_dim:
-            condition = tumour_classes(batch["slices"])
-            self.class_counts += self.mean_over_ranks(condition) * (len(condition) * self.trainer.world_size)
-        left = Samples(slices_to_images(batch["slices"], self.label_levels), batch["position"], condition)
+        left = self.samples(batch)
         while len(left):
             images = self._begin_iteration(len(left) * self.trainer.world_size) // self.trainer.world_size
             self._iterate(left[:images])
@@ -234,13 +203,9 @@ class AdversarialGenerator(ImageGenerator):
 
     def _iterate(self, samples: Samples) -> None:
         iteration = self.images_seen // (len(samples) * self.trainer.world_size)
-        real = samples.images
-        if self.mirror:
-            flipped = random_uniform(self.seed, Stream.MIRROR, samples.position, 4)[:, 0] < 0.5
-            real = torch.where(flipped[:, None, None, None], real.flip(LEFT_RIGHT_AXIS), real)
         if self.growing is not None:
-            real = fade_real(real, self.growing.lod(self.images_seen))
-        samples = Samples(real, samples.position, samples.condition)
+            faded = fade_real(samples.images, self.growing.lod(self.images_seen))
+            samples = Samples(faded, samples.position, samples.condition)
         for phase in self.phases():
             if iteration % phase.interval == 0:
                 self._run(phase, samples)
@@ -256,14 +221,7 @@ class AdversarialGenerator(ImageGenerator):
         self.generator.requires_grad_(phase.network == "generator")
         self.discriminator.requires_grad_(phase.network == "discriminator")
         optimizer.zero_grad()
-        for part in range(self.micro_batches):
-            last = part == self.micro_batches - 1
-            strategy: Any = self.trainer.strategy
-            synchronised = nullcontext() if last or self.trainer.world_size == 1 else strategy.block_backward_sync()
-            with synchronised:
-                # Strided, as the samples over the ranks: the groups of the minibatch standard deviation stay together.
-                loss = phase.loss(samples[part :: self.micro_batches])
-                self.manual_backward(loss * (phase.interval / self.micro_batches))
+        self.backward_in_parts(phase.loss, samples, self.micro_batches, phase.interval)
         for parameter in getattr(self, phase.network).parameters():
             if parameter.grad is not None:
                 torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
@@ -285,15 +243,6 @@ class AdversarialGenerator(ImageGenerator):
             self.augmentation.accumulate(signs, len(samples) * self.trainer.world_size)
         self.log_mean("score/real", logits)
         return logits
-
-    def emitted_classes(self, index: Tensor, seed: int) -> Tensor | None:
-        """Classes of emitted images as one-hot float (N, c_dim), in the proportions of the training so far."""
-        if not self.c_dim:
-            return None
-        counts = self.class_counts if bool(self.class_counts.any()) else torch.ones_like(self.class_counts)
-        below = (counts.cumsum(0) / counts.sum())[:-1]
-        chance = random_uniform(seed, Stream.EMISSION_CLASS, index, 4)[:, :1]
-        return nn.functional.one_hot((chance >= below).sum(1), self.c_dim).float()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the level of the last iteration, which decides on the next reset of Adam."""

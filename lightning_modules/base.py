@@ -62,10 +62,17 @@ class ImageClockModule(LightningModule):
         """Restore the clock."""
         self.images_seen = checkpoint["images_seen"]
 
-    def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """Give the mean over the batch and all ranks, differentiable across the ranks: (N, ...) -> (...)."""
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Give the values of the global batch in its order, differentiable: (N, ...) -> (ranks · N, ...).
+
+        Sample j of the global batch is on rank j mod ranks.
+        """
         if self.trainer.world_size > 1:
             gathered = self.all_gather(values, sync_grads=values.requires_grad)  # (ranks, N, ...)
             assert isinstance(gathered, Tensor)
-            values = gathered.flatten(0, 1)
-        return values.mean(dim=0)
+            values = gathered.transpose(0, 1).flatten(0, 1)
+        return values
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Give the mean over the batch and all ranks, differentiable across the ranks: (N, ...) -> (...)."""
+        return self.over_ranks(values).mean(dim=0)

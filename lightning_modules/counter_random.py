@@ -33,6 +33,10 @@ class Stream(IntEnum):
     ADA = 9
     GRADIENT_PENALTY = 10
     EMISSION_CLASS = 11
+    AUTOENCODER = 12
+    DIFFUSION_TIME = 13
+    DIFFUSION_NOISE = 14
+    CONDITION_DROPOUT = 15
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_modules.base import ImageClockModule
+from lightning_modules.conditions import Conditions
+from lightning_modules.counter_random import Stream, random_uniform
 
 N_CLASSES = 4
+LEFT_RIGHT_AXIS = -2
 LABEL_LEVELS = (0.0, 85.0, 170.0, 255.0)
 """Grey levels that generators make of the classes: evenly spaced."""
 
@@ -63,17 +67,26 @@ def images_to_slices(images: Tensor, label_levels: Sequence[float] = LABEL_LEVEL
     return torch.cat([modalities, label], dim=1).to(torch.uint8)
 
 
-def tumour_classes(slices: Tensor) -> Tensor:
-    """Classes that a conditional generator learns: without and with tumour.
+@dataclass(frozen=True)
+class Samples:
+    """Real images of an iteration.
 
-    Args:
-        slices: uint8 (N, 5, H, W), as stored.
-
-    Returns:
-        One-hot float32 (N, 2).
+    Attributes:
+        images: float (N, C, H, W) in [-1, 1].
+        position: int64 (N,), their places in the stream of training images; random numbers follow from them.
+        condition: float (N, width), see `Conditions`; None for a model without conditions.
     """
-    with_tumour = (slices[:, -1] > 0).flatten(1).any(dim=1)
-    return torch.stack([~with_tumour, with_tumour], dim=1).float()
+
+    images: Tensor
+    position: Tensor
+    condition: Tensor | None = None
+
+    def __getitem__(self, chosen: slice) -> Samples:
+        condition = None if self.condition is None else self.condition[chosen]
+        return Samples(self.images[chosen], self.position[chosen], condition)
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,7 @@ class ImageGenerator(ImageClockModule):
     """
 
     ema_network: nn.Module | None
+    conditions: Conditions
 
     def __init__(self, init_from: str | None = None, label_levels: Sequence[float] = LABEL_LEVELS) -> None:
         super().__init__()
@@ -110,12 +124,18 @@ class ImageGenerator(ImageClockModule):
         self.ema_network = None
         self.init_from = init_from
         self.image_plan: ImagePlan | None = None
+        self.conditions = Conditions()
+        self.mirror = False
+        self.seed = 0
 
     def setup(self, stage: str) -> None:
         """Take over the networks of `init_from`; the checkpoint of a run that is resumed is loaded after this."""
         if self.init_from is not None:
             datamodule: Any = getattr(self.trainer, "datamodule", None)
-            self.start_from(self.init_from, None if datamodule is None else datamodule.channels)
+            content = self.start_from(self.init_from, None if datamodule is None else datamodule.channels)
+            counts = content["state_dict"].get("conditions.counts")
+            if stage == "predict" and counts is not None and counts.shape == self.conditions.counts.shape:
+                self.conditions.counts.copy_(counts)  # emit what that generator would
 
     def start_from(self, path: str, channels: Sequence[str] | None = None) -> dict[str, Any]:
         """Take over the networks of a checkpoint.
@@ -155,6 +175,44 @@ class ImageGenerator(ImageClockModule):
         for name in {*networks, *(["ema_network"] if self.ema_network is not None else [])}:
             _load(getattr(self, name), name, weights, path)
         return content
+
+    def samples(self, batch: dict[str, Tensor]) -> Samples:
+        """Turn a batch of the loader into training samples, and count their conditions over all ranks.
+
+        With `mirror`, half of them are mirrored left to right.
+
+        Args:
+            batch: slices uint8 (N, 5, H, W), position int64 (N,), height float (N,).
+        """
+        condition = None
+        if self.conditions.width:
+            bins = self.conditions.of(batch["slices"], batch["height"])
+            condition = self.conditions.vectors(bins)
+            shares = self.mean_over_ranks(self.conditions.shares(bins))
+            self.conditions.counts += shares * (len(bins) * self.trainer.world_size)
+        images = slices_to_images(batch["slices"], self.label_levels)
+        if self.mirror:
+            flipped = random_uniform(self.seed, Stream.MIRROR, batch["position"], 4)[:, 0] < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(LEFT_RIGHT_AXIS), images)
+        return Samples(images, batch["position"], condition)
+
+    def backward_in_parts(
+        self, loss: Callable[[Samples], Tensor], samples: Samples, parts: int, weight: float = 1.0
+    ) -> None:
+        """Add up the gradients of the mean loss over parts of a batch; the processes exchange them once, at the end.
+
+        Args:
+            loss: a scalar, the mean over the samples.
+            samples: all samples of this process.
+            parts: how many; the gradients are those of their mean.
+            weight: of the loss.
+        """
+        strategy: Any = self.trainer.strategy
+        for part in range(parts):
+            synchronised = part == parts - 1 or self.trainer.world_size == 1
+            with nullcontext() if synchronised else strategy.block_backward_sync():
+                # Strided, as the samples over the ranks: the groups of the minibatch standard deviation stay together.
+                self.manual_backward(loss(samples[part::parts]) * (weight / parts))
 
     @property
     @abstractmethod

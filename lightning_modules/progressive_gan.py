@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.ada import AdaptiveAugmentation
-from lightning_modules.adversarial import AdversarialGenerator, Phase, Samples
+from lightning_modules.adversarial import AdversarialGenerator, Phase
 from lightning_modules.counter_random import Stream, random_normal, random_uniform
 from lightning_modules.growing import GrowingSchedule
-from lightning_modules.image_generator import LABEL_LEVELS
+from lightning_modules.image_generator import LABEL_LEVELS, Samples
 from lightning_modules.losses import (
     gradient_penalty,
     wasserstein_discriminator_loss,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.ada import AdaptiveAugmentation
-from lightning_modules.adversarial import AdversarialGenerator, Phase, Samples
+from lightning_modules.adversarial import AdversarialGenerator, Phase
 from lightning_modules.counter_random import Stream, random_normal, random_uniform, random_words
 from lightning_modules.growing import GrowingSchedule
-from lightning_modules.image_generator import LABEL_LEVELS
+from lightning_modules.image_generator import LABEL_LEVELS, Samples
 from lightning_modules.losses import (
     discriminator_logistic_loss,
     generator_nonsaturating_loss,
@@ -156,7 +156,7 @@ class StyleGAN(AdversarialGenerator):
         noise = split_noise(self.generator.noise_shapes, seed, Stream.EMISSION_NOISE, index)
         images: Tensor = network(
             z,
-            self.emitted_classes(index, seed),
+            self.conditions.draw(index, seed),
             truncation_psi=self.truncation_psi,
             truncation_cutoff=self.truncation_cutoff,
             noise=noise,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.ada import AdaptiveAugmentation
-from lightning_modules.adversarial import Phase, Samples
+from lightning_modules.adversarial import Phase
 from lightning_modules.growing import GrowingSchedule
-from lightning_modules.image_generator import LABEL_LEVELS
+from lightning_modules.image_generator import LABEL_LEVELS, Samples
 from lightning_modules.losses import discriminator_logistic_loss, r1_penalty
 from lightning_modules.networks.stylegan1 import StyleGAN1Generator
 from lightning_modules.stylegan import StyleGAN

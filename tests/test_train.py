@@ -195,7 +195,7 @@ def _last(run_dir):
 def test_conditional_generator_emits_tumours_in_the_proportion_of_the_training(slice_set, tmp_path):
     classes = ["--model.generator.init_args.c_dim=2", "--model.discriminator.init_args.c_dim=2"]
     train([*stylegan2_args(tmp_path, slice_set), *classes, "--trainer.max_epochs=1", "--task=fit"])
-    counts = torch.load(_last(tmp_path), weights_only=True)["state_dict"]["class_counts"]
+    counts = torch.load(_last(tmp_path), weights_only=True)["state_dict"]["conditions.counts"]
     training = SliceSet(slice_set, "train")
     assert counts.sum() == 16
     assert counts[1] >= counts[0]  # most fake slices show a tumour

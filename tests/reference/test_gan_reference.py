@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 HERE = Path(__file__).parent
-MODULES = [import_module(path.stem) for path in sorted(HERE.glob("families_*.py"))]
+MODULES = [import_module(path.stem) for path in sorted(HERE.glob("families_*.py")) if "diffusion" not in path.stem]
 FAMILIES: dict[str, Family] = {kind: function for module in MODULES for kind, function in module.FAMILIES.items()}
 ELSEWHERE = {"train_trajectory_sg2", "train_trajectory_sg3"}  # compared with the training rules in another test
 SCHEDULES = ("stylegan_rows", "pggan_rows")

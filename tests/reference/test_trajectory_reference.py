@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from callbacks import EMA
-from lightning_modules import adversarial
+from lightning_modules import image_generator
 from lightning_modules.stylegan import StyleGAN2, StyleGAN3
 
 TERMS = {
@@ -109,7 +109,7 @@ def build_rule(meta: Meta, networks: list[nn.Module]) -> ReplayedStyleGAN2 | Rep
 
 
 def test_training_follows_the_original(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adversarial, "slices_to_images", lambda images, _: images)  # they were never slices
+    monkeypatch.setattr(image_generator, "slices_to_images", lambda images, _: images)  # they were never slices
     meta, _ = _kind(path)
     with safe_open(path, "pt") as file:
         ref = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
