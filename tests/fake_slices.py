@@ -44,34 +44,49 @@ def write_slice_set(root: Path, size_px: int = 16, slices_per_patient: int = 6, 
     return root
 
 
-_STYLE = {"img_resolution": 16, "channel_base": 128, "channel_max": 12}
-_GROWN = {"img_resolution": 16, "fmap_base": 64, "fmap_max": 12}
+def _networks(**arguments: int) -> list[str]:
+    return [f"--model.{net}.init_args.{k}={v}" for net in ("generator", "discriminator") for k, v in arguments.items()]
+
+
+_STYLE = _networks(img_resolution=16, channel_base=128, channel_max=12)
+_GROWN = _networks(img_resolution=16, fmap_base=64, fmap_max=12)
+_UNET = [
+    f"--model.network.init_args.{word}"
+    for word in (
+        "img_resolution=16",
+        "model_channels=32",
+        "channel_mult=[1, 1]",
+        "num_res_blocks=1",
+        "attention_resolutions_px=[8]",
+    )
+]
 _GROWING = [
     "--model.growing.img_resolution=16",
     "--model.growing.training_kimg=0.016",
     "--model.growing.transition_kimg=0.048",  # 48 images end in the middle of a fade-in
     "--model.growing.minibatch={4: 16, 8: 8, 16: 8}",
 ]
-GENERATORS: dict[str, tuple[dict[str, int], list[str]]] = {
-    "stylegan2": (_STYLE, ["--model.path_length_weight=2", "--model.r1_interval=2"]),
-    "stylegan3_t": (_STYLE, ["--model.generator.init_args.num_layers=4", "--model.r1_interval=2"]),
-    "stylegan3_r": (_STYLE, ["--model.generator.init_args.num_layers=4", "--model.r1_interval=2"]),
-    "stylegan1": (_GROWN, _GROWING),
-    "progressive_gan": (_GROWN, _GROWING),
+AUTOENCODER = [f"--model.{word}" for word in ("widths=[4, 8]", "res_blocks=1", "norm_groups=2")]
+_STYLE3 = [*_STYLE, "--model.generator.init_args.num_layers=4", "--model.r1_interval=2"]
+GENERATORS = {
+    "stylegan2": [*_STYLE, "--model.path_length_weight=2", "--model.r1_interval=2"],
+    "stylegan3_t": _STYLE3,
+    "stylegan3_r": _STYLE3,
+    "stylegan1": [*_GROWN, *_GROWING],
+    "progressive_gan": [*_GROWN, *_GROWING],
+    "diffusion": [*_UNET, "--model.sampler.init_args.steps=3", "--model.rampup_kimg=0.02"],
 }
 
 
 def generator_args(model: str, run_dir: Path, slices: Path) -> list[str]:
     """A generator of 16 px that sees 48 images; every phase is due in the first iteration."""
-    network, options = GENERATORS[model]
-    words = [f"--model.{net}.init_args.{k}={v}" for net in ("generator", "discriminator") for k, v in network.items()]
+    words = GENERATORS[model]
     return [
         f"--config=configs/laptop/{model}.yaml",
         f"--run_dir={run_dir}",
         f"--data.root={slices}",
         *words,
-        *options,
-        "--data.batch_size=16" if network is _GROWN else "--data.batch_size=8",
+        "--data.batch_size=16" if _GROWING[0] in words else "--data.batch_size=8",
         "--data.epoch_images=16",
         "--trainer.max_epochs=3",
         "--synthetic_slices=100",
@@ -105,17 +120,24 @@ def shrunk(config: Path, run_dir: Path, slices: Path) -> list[str]:
         small = ("kernel_size=[3, 3, 3]", "strides=[1, 2, 2]", "upsample_kernel_size=[2, 2]", "filters=[4, 6, 8]")
         own = [f"--model.network.init_args.{word}" for word in (*small, "deep_supr_num=1")]
         return [*start, *own, *common]
-    network = _GROWN if "growing:" in text else _STYLE
-    words = [f"--model.{net}.init_args.{k}={v}" for net in ("generator", "discriminator") for k, v in network.items()]
+    if "autoencoder.Autoencoder" in text:
+        return [*start, *AUTOENCODER, *common]
+    words = _STYLE
     if "growing:" in text:
-        words += ["--model.growing.img_resolution=16", "--model.growing.minibatch={4: 8, 8: 8, 16: 4}"]
+        words = [*_GROWN, "--model.growing.img_resolution=16", "--model.growing.minibatch={4: 8, 8: 8, 16: 4}"]
+    elif "Diffusion" in text:
+        words = [*_UNET, "--model.sampler.init_args.steps=2"]
+        if "autoencoder:" in text:  # latents of 4 channels and 8 px
+            words += [
+                f"--model.network.init_args.{word}" for word in ("img_resolution=8", "attention_resolutions_px=[4]")
+            ]
     return [*start, *words, *common, "--synthetic_slices=4"]
 
 
 # A server that has imported everything forks the training processes, so that each begins at once.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["train", "callbacks", "lightning_modules.stylegan1", "lightning_modules.progressive_gan"]
+    ["train", "callbacks", *(f"lightning_modules.{name}" for name in ("stylegan1", "progressive_gan", "diffusion"))]
 )
 
 

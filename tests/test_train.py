@@ -11,6 +11,7 @@ from fake_slices import ROOT, generator_args, shrunk, stylegan2_args, train, une
 from scipy.stats import pearsonr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks.synthetic_dataset import power_of_two_below
 from datamodules.slice_set import SliceSet, read_manifest
 from train import main
 
@@ -42,9 +43,13 @@ def test_shipped_configurations_are_valid(config, capsys):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_shipped_configurations_train_and_do_what_follows(config, slice_set, tmp_path):
-    train(shrunk(config, tmp_path, slice_set))
-    outcome = "dice_per_patient.csv" if "unet" in config.name else "synthetic/dataset.json"
-    assert (tmp_path / outcome).exists()
+    args = shrunk(config, tmp_path, slice_set)
+    if config.name == "latent_diffusion.yaml":
+        train(shrunk(config.with_name("autoencoder.yaml"), tmp_path / "autoencoder", slice_set))
+        args.append(f"--model.autoencoder={_last(tmp_path / 'autoencoder')}")
+    train(args)
+    outcomes = {"unet.yaml": "dice_per_patient.csv", "autoencoder.yaml": "checkpoints/last.ckpt"}
+    assert (tmp_path / outcomes.get(config.name, "synthetic/dataset.json")).exists()
     assert json.loads((tmp_path / "run.json").read_text())["images_seen"] == 8
 
 
@@ -177,6 +182,11 @@ def test_a_compiled_network_makes_the_same_images_up_to_rounding(generator_run, 
     ours, theirs = (SliceSet(run / "synthetic").read(range(100)) for run in (tmp_path / "run", generator_run))
     assert np.abs(ours[:, :4].astype(int) - theirs[:, :4]).max() <= 1
     assert (ours[:, 4] != theirs[:, 4]).mean() < 0.001
+
+
+@pytest.mark.parametrize(("images", "size"), [(0.3, 1), (1.9, 1), (63.9, 32), (64.0, 64), (5e6, 1024)])
+def test_batches_of_an_emission_are_powers_of_two(images, size):
+    assert power_of_two_below(images) == size
 
 
 def test_networks_that_do_not_fit_are_refused_with_their_shapes(generator_run, slice_set, tmp_path):

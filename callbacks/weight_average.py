@@ -1,0 +1,58 @@
+"""What moving averages of a generator's weights share: they follow its clock."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_modules.image_generator import ImageGenerator
+
+
+class WeightAverage(Callback, ABC):
+    """Call `average` after every iteration of an image generator, whatever optimizers it steps."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other models."""
+        if not isinstance(pl_module, ImageGenerator):
+            raise ValueError(
+                f"{type(self).__name__} averages image generators, but the model is a {type(pl_module).__name__}."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the clock, which a resumed run has restored."""
+        assert isinstance(pl_module, ImageGenerator)
+        self.followed = pl_module.images_seen
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Follow the iteration before this one, where a training step holds several."""
+        self._follow(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the last iteration."""
+        self._follow(pl_module)
+
+    @torch.no_grad()
+    def _follow(self, generator: LightningModule) -> None:
+        """Average if the clock has moved."""
+        assert isinstance(generator, ImageGenerator)
+        before, self.followed = self.followed, generator.images_seen
+        if self.followed != before:
+            self.average(generator, before)
+
+    @abstractmethod
+    def average(self, generator: ImageGenerator, before: int) -> None:
+        """Move the averages towards the weights; the clock stood at `before` images when they were last moved."""
+
+
+def move(averages: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+    """Move averages towards weights in place: decay * average + (1 - decay) * weight."""
+    for mean, weight in zip(averages, weights, strict=True):
+        mean.copy_(weight.lerp(mean, decay))
