@@ -44,7 +44,8 @@ class Autoencoder(ImageClockModule):
         label_weight: of the cross-entropy of the label, in nats per pixel; the modalities' mean absolute difference, of
             values in [-1, 1], has weight 1.
         kl_weight: of the divergence of the posterior from a standard normal, in nats per latent value.
-        learning_rate: of Adam.
+        learning_rate: of Adam at the start; falls linearly to 0 at the end of training, where the latents then stand
+            still and their statistics are right.
         seed: noise of the posterior in training follows from it and the position of the sample.
     """
 
@@ -58,7 +59,7 @@ class Autoencoder(ImageClockModule):
         norm_groups: int = 32,
         label_weight: float = 1.0,
         kl_weight: float = 1e-4,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 3e-4,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -81,6 +82,7 @@ class Autoencoder(ImageClockModule):
         self.kl_weight = kl_weight
         self.learning_rate = learning_rate
         self.seed = seed
+        self.channels: list[str] = []
         # Means of the latents and of their squares.
         moments = torch.stack([torch.zeros(latent_channels), torch.ones(latent_channels)])
         self.register_buffer("latent_moments", moments)
@@ -88,6 +90,14 @@ class Autoencoder(ImageClockModule):
     def configure_optimizers(self) -> Adam:
         """Adam."""
         return Adam(self.network.parameters(), lr=self.learning_rate)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the learning rate for this position of the clock."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        total = (self.trainer.max_epochs or 1) * datamodule.epoch_images
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * (1.0 - min(self.images_seen / total, 1.0))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Give the latents of images, normalised: those of training slices have mean 0 and variance 1 per channel.
@@ -179,12 +189,33 @@ class Autoencoder(ImageClockModule):
 
     test_step = validation_step
 
+    def setup(self, stage: str) -> None:
+        """Learn the names of the channels."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            self.channels = list(datamodule.channels)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the channels of the slices."""
         super().on_save_checkpoint(checkpoint)
-        datamodule: Any = getattr(self._trainer, "datamodule", None)
-        if datamodule is not None:
-            checkpoint["channels"] = list(datamodule.channels)
+        checkpoint["channels"] = self.channels
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the names of the channels."""
+        super().on_load_checkpoint(checkpoint)
+        self.channels = checkpoint["channels"]
+
+    def check_channels(self, channels: Sequence[str]) -> None:
+        """Refuse slices of other channels than those of the training, or in another order.
+
+        Raises:
+            ValueError: saying which.
+        """
+        if list(channels) != self.channels:
+            raise ValueError(
+                f"The autoencoder was trained on the channels {', '.join(self.channels)}, but the data has "
+                f"{', '.join(channels)}. Train one on this data."
+            )
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
@@ -192,15 +223,14 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + std.square() - 1.0) - std.log()
 
 
-def load_autoencoder(path: str | Path, channels: Sequence[str] | None = None) -> Autoencoder:
+def load_autoencoder(path: str | Path) -> Autoencoder:
     """Load an autoencoder to use it as it is: frozen, in evaluation mode, on the CPU.
 
     Args:
         path: checkpoint of a run; nothing in it is executed.
-        channels: names of the channels of the data, in order.
 
     Raises:
-        ValueError: if the file cannot be read, is no checkpoint of an autoencoder, or its channels do not fit.
+        ValueError: if the file cannot be read or is no checkpoint of an autoencoder.
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -211,17 +241,12 @@ def load_autoencoder(path: str | Path, channels: Sequence[str] | None = None) ->
         raise ValueError(
             f"{path} is a checkpoint of {arguments.get('_class_path', 'something else')}, not of an Autoencoder."
         )
-    theirs = content.get("channels")
-    if channels is not None and theirs is not None and list(channels) != list(theirs):
-        raise ValueError(
-            f"The autoencoder {path} was trained on the channels {', '.join(theirs)}, but the data has "
-            f"{', '.join(channels)}. Train one on this data."
-        )
     known = signature(Autoencoder).parameters
     autoencoder = Autoencoder(**{name: value for name, value in arguments.items() if name in known})
     try:
         autoencoder.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit the settings of the autoencoder ({error}).") from error
+    autoencoder.on_load_checkpoint(content)
     autoencoder.freeze()
     return autoencoder

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_modules.image_generator import LABEL_LEVELS, check_levels
 from lightning_modules.official_checkpoints import OfficialCheckpoint, OfficialNetwork, torch_checkpoint
-from lightning_modules.official_diffusion import diffusion_checkpoint
+from lightning_modules.official_diffusion import DiffusionCheckpoint, Flags, diffusion_checkpoint
 from lightning_modules.official_tensorflow import tensorflow_checkpoint
 from lightning_modules.pickled_networks import NetworkRecord, read_network_pickle
 from lightning_modules.pickled_tensors import (
@@ -36,14 +36,18 @@ CHANNELS = ("T1", "T1ce", "T2", "FLAIR", "label")
 
 
 def import_checkpoint(
-    checkpoint: Path, out: Path, channels: str | None = None, label_levels: str | None = None
+    checkpoint: Path,
+    out: Path,
+    channels: str | None = None,
+    label_levels: str | None = None,
+    flags: Flags = Flags(),  # noqa: B008 (frozen)
 ) -> Path:
     """Turn an official checkpoint into one of ours, without executing anything that is in the file.
 
     Reads network pickles of StyleGAN 2 ADA and StyleGAN 3 (PyTorch), of progressive GAN and StyleGAN 1 (TensorFlow),
-    and .pt files of guided and improved diffusion. Writes OUT/imported.ckpt and, for a GAN, OUT/model.yaml:
-    `python train.py --config configs/stylegan2.yaml --config OUT/model.yaml --data.root SLICES` fine-tunes it, and with
-    `--task predict` samples from it.
+    and .pt files of guided and improved diffusion: for samples, that of the moving average (ema_*.pt). Writes
+    OUT/imported.ckpt and OUT/model.yaml: `python train.py --config configs/stylegan2.yaml --config OUT/model.yaml
+    --data.root SLICES` fine-tunes it, and with `--task predict` samples from it.
 
     Args:
         checkpoint: the official file; recognised by its content.
@@ -52,13 +56,14 @@ def import_checkpoint(
             are five; they are sorted into the order of a slice set (T1, T1ce, T2, FLAIR, label).
         label_levels: grey levels 0..255 of the four classes of the label in the images that the network was trained
             on, e.g. `0,51,102,204`, those of the paper. By default evenly spaced from 0 to 255.
+        flags: of guided or improved diffusion: those of its training command that its weights do not tell.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the file is not such a checkpoint or holds anything else, `channels` do not fit, or `out` is not
-            empty.
+        ValueError: if the file is not such a checkpoint or holds anything else, `channels` or `flags` do not fit, or
+            `out` is not empty.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -67,7 +72,7 @@ def import_checkpoint(
         raise ValueError(f"Expected a checkpoint at {checkpoint}, but there is no such file.")
     data = checkpoint.read_bytes()
     try:
-        official = read_official(data)
+        official = read_official(data, flags)
         names = channel_names(channels, count_channels(official))
         levels = parse_levels(label_levels)
     except ValueError as error:
@@ -77,16 +82,19 @@ def import_checkpoint(
     return out
 
 
-def read_official(data: bytes) -> OfficialCheckpoint:
+def read_official(data: bytes, flags: Flags = Flags()) -> OfficialCheckpoint:  # noqa: B008 (frozen)
     """Recognise and convert the content of a file.
 
     Raises:
-        ValueError: if it is no official checkpoint, cut off, or holds anything that such a one does not.
+        ValueError: if it is no official checkpoint, cut off, or holds anything that such a one does not, or if there
+            are flags, but it is not one of guided or improved diffusion.
     """
     if data[:4] == b"PK\x03\x04":
-        return diffusion_checkpoint(read_zip_archive(data))
+        return diffusion_checkpoint(read_zip_archive(data), flags)
     if is_legacy_stream(data):
-        return diffusion_checkpoint(read_legacy_stream(data, STORAGES | TENSORS))
+        return diffusion_checkpoint(read_legacy_stream(data, STORAGES | TENSORS), flags)
+    if flags != Flags():
+        raise ValueError("--flags are those of guided or improved diffusion, but the file is not a .pt file of theirs")
     if data[:1] != b"\x80":
         raise ValueError("the file is neither a pickle (protocol 2 or later) nor what torch.save writes")
     content = read_network_pickle(data)
@@ -198,8 +206,7 @@ def write(
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if official.model is not None:
-            (temporary / "model.yaml").write_text(model_yaml(official, levels, source, out))
+        (temporary / "model.yaml").write_text(model_yaml(official, levels, source, out))
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -215,6 +222,8 @@ def model_yaml(official: OfficialCheckpoint, levels: Sequence[float], source: di
     if official.lod is not None:  # a network that was grown goes on at full resolution
         resolution = official.networks["generator"].arguments["img_resolution"]
         arguments["growing"] = {"img_resolution": resolution, "lod_initial_resolution": resolution}
+    if isinstance(official, DiffusionCheckpoint):
+        arguments |= official.settings
     arguments["label_levels"] = list(levels)
     arguments["init_from"] = str(out.absolute() / "imported.ckpt")
     model = {"model": {"class_path": official.model, "init_args": arguments}}

@@ -24,7 +24,12 @@ from safetensors.torch import load_file
 from cli import main
 from datamodules.slice_set import CHANNELS as CHANNELS_OF_SLICE_SETS
 from datamodules.slice_set import SliceSet
+from lightning_modules.counter_random import Stream, random_normal
+from lightning_modules.diffusion import STEPS_PER_IMAGE
+from lightning_modules.image_generator import images_to_slices
 from lightning_modules.importing import CHANNELS, channel_names, import_checkpoint, read_official
+from lightning_modules.networks.diffusion_unet import DiffusionUNet
+from lightning_modules.official_diffusion import Flags, unet_arguments
 from lightning_modules.official_tensorflow import tensorflow_checkpoint
 from lightning_modules.pickled_networks import NetworkRecord, read_network_pickle
 from lightning_modules.stylegan import StyleGAN2
@@ -368,22 +373,14 @@ def test_tensorflow_variables_that_do_not_fit_are_refused(change, reason):
 
 # State dicts of diffusion models.
 
+SMALL = {"img_resolution": 8, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "num_heads": 4}
+SMALL |= {"attention_resolutions_px": [8]}
 
-def unet(img_channels=5, learn_sigma=True, num_classes=0):
-    outputs = img_channels * (2 if learn_sigma else 1)
-    state = collections.OrderedDict()
-    for name, shape in (
-        ("time_embed.0.weight", (64, 16)),
-        ("input_blocks.0.0.weight", (16, img_channels, 3, 3)),
-        ("input_blocks.0.0.bias", (16,)),
-        ("middle_block.0.in_layers.2.weight", (16, 16, 3, 3)),
-        ("out.2.weight", (outputs, 16, 3, 3)),
-        ("out.2.bias", (outputs,)),
-    ):
-        state[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(state)))
-    if num_classes:
-        state["label_emb.weight"] = torch.zeros(num_classes, 64)
-    return state
+
+def unet(**arguments):
+    """A state dict of our network, which has the names of the original."""
+    torch.manual_seed(0)
+    return DiffusionUNet(**(SMALL | arguments)).state_dict()
 
 
 def saved(content, path, legacy=False):
@@ -391,14 +388,23 @@ def saved(content, path, legacy=False):
     return path
 
 
+def built(model):
+    """Build the network of a configuration that the import wrote."""
+    settings = model["init_args"]["network"]
+    assert settings["class_path"] == "lightning_modules.networks.diffusion_unet.DiffusionUNet"
+    possible = set(inspect.signature(DiffusionUNet).parameters)
+    assert possible - set(settings["init_args"]) <= {"dropout", "gradient_checkpointing"}
+    return DiffusionUNet(**settings["init_args"]).eval()
+
+
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize(("learn_sigma", "num_classes"), [(True, 0), (False, 4)])
-def test_state_dicts_of_diffusion_models_come_in(legacy, learn_sigma, num_classes, tmp_path):
-    state = unet(learn_sigma=learn_sigma, num_classes=num_classes)
-    out = import_checkpoint(saved(state, tmp_path / "ema.pt", legacy), tmp_path / "out", IN_FILE)
-    assert [file.name for file in out.iterdir()] == ["imported.ckpt"]
+@pytest.mark.parametrize("learn_variance", [False, True])
+def test_state_dicts_of_diffusion_models_come_in(legacy, learn_variance, tmp_path):
+    state = unet(learn_variance=learn_variance)
+    path = saved(collections.OrderedDict(state), tmp_path / "ema_0.9999_1200000.pt", legacy)
+    out = import_checkpoint(path, tmp_path / "out", IN_FILE, "0,51,102,204", Flags(diffusion_steps=4000))
     content = torch.load(out / "imported.ckpt", weights_only=True)
-    order = ORDER + ([index + 5 for index in ORDER] if learn_sigma else [])
+    order = ORDER + ([index + 5 for index in ORDER] if learn_variance else [])
     expected = state | {
         "input_blocks.0.0.weight": state["input_blocks.0.0.weight"][:, ORDER],
         "out.2.weight": state["out.2.weight"][order],
@@ -407,12 +413,156 @@ def test_state_dicts_of_diffusion_models_come_in(legacy, learn_sigma, num_classe
     assert set(content["state_dict"]) == {f"network.{name}" for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(content["state_dict"][f"network.{name}"], tensor), name
-    assert content["init_args"]["network"] == {
-        "img_channels": 5,
-        "model_channels": 16,
-        "learn_sigma": learn_sigma,
-        "num_classes": num_classes,
+    assert content["channels"] == list(CHANNELS)
+    assert content["imported_from"]["kind"] == "state dict of guided or improved diffusion"
+    model = yaml.safe_load((out / "model.yaml").read_text())["model"]
+    assert model["class_path"] == "lightning_modules.diffusion.Diffusion"
+    built(model)
+    del model["init_args"]["network"]
+    assert model["init_args"] == {
+        "objective": {
+            "class_path": "lightning_modules.denoising.ChainObjective",
+            "init_args": {
+                "chain": {
+                    "class_path": "lightning_modules.diffusion_chain.DiffusionChain",
+                    "init_args": {"steps": 4000, "schedule": "linear"},
+                },
+                "predict": "eps",
+                "learn_variance": learn_variance,
+                "rescale_timesteps": False,
+            },
+        },
+        "sampler": {
+            "class_path": "lightning_modules.sampling.Ancestral",
+            "init_args": {"steps": 4000, "variance": "learned" if learn_variance else "large"},
+        },
+        "clip": True,
+        "label_levels": [0, 51, 102, 204],
+        "init_from": str(out / "imported.ckpt"),
     }
+
+
+@pytest.mark.parametrize("name", ["guided", "improved"])
+@torch.no_grad()
+def test_imported_diffusion_networks_predict_as_the_original_with_channels_in_our_order(name, tmp_path):
+    with np.load(REFERENCE / "diffusion" / f"unet_tiny_{name}.npz") as arrays:
+        reference = {key: torch.tensor(arrays[key]) for key in arrays.files if key != "config"}
+    state = {key.removeprefix("param/"): value for key, value in reference.items() if key.startswith("param/")}
+    path = saved(state, tmp_path / "model030000.pt")
+    import_checkpoint(path, tmp_path / "out", IN_FILE, flags=Flags(num_heads=2))
+    network = built(yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"])
+    content = torch.load(tmp_path / "out" / "imported.ckpt", weights_only=True)
+    network.load_state_dict({key.removeprefix("network."): value for key, value in content["state_dict"].items()})
+    ours = network(reference["x"][:, ORDER], reference["t"])
+    order = ORDER + [index + 5 for index in ORDER]
+    torch.testing.assert_close(ours, reference["y"][:, order], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"img_channels": 3, "learn_variance": True, "condition_width": 4},
+        {"use_scale_shift_norm": False, "model_channels": 64},
+        {"img_resolution": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 2, "attention_resolutions_px": [16, 8]},
+        {"img_resolution": 16, "channel_mult": [1, 1], "resblock_updown": True},
+        {"img_resolution": 32, "channel_mult": [1, 1, 3], "resblock_updown": True, "num_res_blocks": 2},
+        {"img_resolution": 16, "channel_mult": [2, 1], "conv_resample": False},
+        {"img_resolution": 32, "channel_mult": [1, 1, 1], "conv_resample": False, "num_res_blocks": 2},
+        {"img_resolution": 32, "model_channels": 64, "channel_mult": [0.5, 1, 1.5], "num_res_blocks": 3},
+    ],
+)
+def test_shapes_tell_what_a_diffusion_network_is(arguments):
+    defaults = {name: p.default for name, p in inspect.signature(DiffusionUNet).parameters.items()}
+    expected = defaults | SMALL | arguments
+    found = unet_arguments(unet(**arguments), Flags())
+    assert found == {name: expected[name] for name in found}
+    assert set(expected) - set(found) == {"dropout", "gradient_checkpointing"}
+
+
+def test_what_shapes_do_not_tell_is_stated_by_flags(tmp_path):
+    path = saved(unet(num_heads=2, attention_resolutions_px=[]), tmp_path / "ema.pt")
+    with pytest.raises(
+        ValueError, match=r"no attention that would tell the size of the images: say --flags\.image_size"
+    ):
+        import_checkpoint(path, tmp_path / "out", IN_FILE)
+    words = ["image_size=16", "num_heads=2", "num_head_channels=16", "num_heads_upsample=8", "diffusion_steps=500"]
+    words += ["use_new_attention_order=true", "noise_schedule=cosine", "predict_xstart=true", "sigma_small=true"]
+    flags = [f"--flags.{word}" for word in (*words, "rescale_timesteps=true")]
+    main(["import", str(path), str(tmp_path / "out"), "--channels", IN_FILE, *flags])
+    arguments = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"]["init_args"]
+    network, objective = arguments["network"]["init_args"], arguments["objective"]["init_args"]
+    for name, value in (("img_resolution", 16), ("num_heads", 2), ("num_head_channels", 16), ("num_heads_upsample", 8)):
+        assert network[name] == value
+    assert network["use_new_attention_order"] is True
+    assert objective["chain"]["init_args"] == {"steps": 500, "schedule": "cosine"}
+    assert objective["predict"] == "x0"
+    assert objective["rescale_timesteps"] is True
+    assert arguments["sampler"]["init_args"] == {"steps": 500, "variance": "small"}
+
+
+def test_flags_for_another_kind_of_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--flags are those of guided or improved diffusion, but"):
+        import_checkpoint(PICKLES[0], tmp_path / "out", IN_FILE, flags=Flags(image_size=32))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.pop("middle_block.1.proj_out.bias"), "middle_block.1.proj_out.bias is missing"),
+        (lambda state: state.update({"encoder.weight": torch.zeros(2)}), "'encoder.weight' is unknown"),
+        (lambda state: state.update({"out.0.weight": torch.zeros(64)}), r"out.0.weight is \(64,\) instead of \(32,\)"),
+        (lambda state: state.update({"time_embed.0.weight": torch.zeros(8, 0)}), "time_embed.0.weight is missing or"),
+        (lambda state: state.pop("input_blocks.1.0.in_layers.2.weight"), "input_blocks.1.0.in_layers.2.weight is miss"),
+    ],
+)
+def test_diffusion_weights_that_do_not_fit_are_refused(change, reason, tmp_path):
+    state = unet()
+    change(state)
+    with pytest.raises(ValueError, match=reason):
+        import_checkpoint(saved(state, tmp_path / "model.pt"), tmp_path / "out", IN_FILE)
+
+
+def test_an_imported_diffusion_model_makes_the_images_of_the_original_from_the_same_noise(tmp_path):
+    """The reverse process is written out here as Ho et al. 2020 do, algorithm 2, with clipped images."""
+    torch.manual_seed(0)
+    network = DiffusionUNet(**SMALL)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    steps, count, seed = 25, 3, 0
+    path = saved(network.state_dict(), tmp_path / "ema.pt")
+    import_checkpoint(path, tmp_path / "imported", ",".join(CHANNELS), flags=Flags(diffusion_steps=steps))
+    slices = write_slice_set(tmp_path / "slices", size_px=8)
+    configs = [ROOT / "configs" / "laptop" / "diffusion.yaml", tmp_path / "imported" / "model.yaml"]
+    train(
+        [
+            *(f"--config={config}" for config in configs),
+            f"--run_dir={tmp_path / 'run'}",
+            f"--data.root={slices}",
+            f"--synthetic_slices={count}",
+            "--task=predict",
+        ]
+    )
+    betas = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
+    kept = torch.cumprod(1 - betas, 0)
+    before = torch.cat([torch.ones(1), kept[:-1]])
+    posterior = betas * (1 - before) / (1 - kept)
+    variance = torch.cat([posterior[1:2], betas[1:]])  # "fixed large"
+    index = torch.arange(count)
+    x = random_normal(seed, Stream.EMISSION_LATENT, index, (5, 8, 8))
+    with torch.no_grad():
+        for k, t in enumerate(reversed(range(steps))):
+            noise = network(x, torch.full((count,), float(t)))
+            image = ((x - (1 - kept[t]).sqrt() * noise) / kept[t].sqrt()).clamp(-1, 1)
+            mean = betas[t] * before[t].sqrt() / (1 - kept[t]) * image
+            mean = mean + (1 - before[t]) * (1 - betas[t]).sqrt() / (1 - kept[t]) * x
+            z = random_normal(seed, Stream.EMISSION_NOISE, index * STEPS_PER_IMAGE + k, (5, 8, 8))
+            x = (mean + (variance[t].sqrt() * z if t else 0)).float()
+    expected = images_to_slices(x).int()
+    made = torch.tensor(SliceSet(tmp_path / "run" / "synthetic").read(range(count))).int()
+    assert int((made[:, :4] - expected[:, :4]).abs().max()) <= 1  # grey levels are rounded
+    assert (made[:, 4] == expected[:, 4]).float().mean() > 0.99
+    assert float(expected[:, :4].float().std()) > 20
 
 
 class Malice:
@@ -427,7 +577,7 @@ class Malice:
         ({**unet(), "payload": Malice()}, rf"byte \d+: the global '{os.name}\.system'"),
         ({**unet(), "epoch": 3}, "not a state dict, tensors by name"),
         ({"weight": torch.zeros(3)}, "not one of guided or improved diffusion"),
-        ({**unet(6, learn_sigma=False), "out.2.weight": torch.zeros(3, 16, 3, 3)}, "enlarge images"),
+        ({**unet(img_channels=6), "out.2.weight": torch.zeros(3, 32, 3, 3)}, "enlarge images"),
         (torch.zeros(3), "not a state dict"),
     ],
     ids=["hostile", "number", "other", "upsampler", "tensor"],
@@ -473,7 +623,7 @@ def test_channels_that_do_not_fit_are_refused(given, count, reason):
 
 
 def test_images_of_other_channels_keep_their_order(tmp_path):
-    state = unet(3)
+    state = unet(img_channels=3)
     import_checkpoint(saved(state, tmp_path / "rgb.pt"), tmp_path / "out")
     content = torch.load(tmp_path / "out" / "imported.ckpt", weights_only=True)
     assert content["channels"] == ["channel0", "channel1", "channel2"]

@@ -46,7 +46,7 @@ def zeroed(layer: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
 class _NormalizeSiLU(torch.autograd.Function):
     """SiLU(α x + β), where α and β (N, C) combine the normalization of the groups with an affine map.
 
-    Keeps x alone for the backward pass, and goes over memory half as often as the separate operators.
+    Of all images it keeps x alone for the backward pass, and it goes over memory less often than separate operators.
     """
 
     @staticmethod

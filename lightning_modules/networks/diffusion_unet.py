@@ -99,7 +99,7 @@ class DiffusionUNet(nn.Module):
             img_resolution,
             widths,
             attention_resolutions_px,
-            (num_head_channels,) if num_head_channels else (heads_down, heads_up),
+            {num_head_channels} if num_head_channels else {heads_down, heads_up},
         )
         embedding_width = 4 * model_channels
         levels = list(zip(widths, sizes, strict=True))
@@ -150,6 +150,8 @@ class DiffusionUNet(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(GROUPS, channels), nn.SiLU(), zeroed(nn.Conv2d(channels, predicted, 3, padding=1))
         )
+        # As the features are, else every convolution copies its weight and the gradient of it.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Predict.
@@ -204,7 +206,7 @@ class DiffusionUNet(nn.Module):
             )
 
 
-def _check(img_resolution: int, widths: list[int], attended_px: Sequence[int], heads: Sequence[int]) -> list[int]:
+def _check(img_resolution: int, widths: list[int], attended_px: Sequence[int], heads: set[int]) -> list[int]:
     """Give the height and width at each level.
 
     Args:
@@ -217,8 +219,8 @@ def _check(img_resolution: int, widths: list[int], attended_px: Sequence[int], h
         ValueError: for all that does not fit.
     """
     step = 2 ** (len(widths) - 1)
-    below = img_resolution // step * step
-    if not below or below != img_resolution:
+    if img_resolution < step or img_resolution % step:
+        below = max(img_resolution // step * step, 0)
         raise ValueError(
             f"img_resolution must be a multiple of {step}, for channel_mult has {len(widths)} entries; got "
             f"{img_resolution}. Next to it {f'are {below} and' if below else 'is'} {below + step}."
@@ -230,8 +232,10 @@ def _check(img_resolution: int, widths: list[int], attended_px: Sequence[int], h
     if not set(attended_px) <= set(sizes):
         problems.append(f"attention_resolutions_px must be sizes that there are, {sizes}; got {list(attended_px)}")
     attended = {width for width, size in zip(widths, sizes, strict=True) if size in attended_px} | {widths[-1]}
-    if any(width % number for width in attended for number in heads):
-        problems.append(f"{' and '.join(map(str, heads))} must divide the channels with attention, {sorted(attended)}")
+    if any(number < 1 or width % number for width in attended for number in heads):
+        problems.append(
+            f"{' and '.join(map(str, sorted(heads)))} must divide the channels with attention, {sorted(attended)}"
+        )
     if problems:
         raise ValueError(f"{'; '.join(problems)}.")
     return sizes
