@@ -54,7 +54,7 @@ _UNET = [
     f"--model.network.init_args.{word}"
     for word in (
         "img_resolution=16",
-        "model_channels=32",
+        "model_channels=64",  # with one channel per group, normalization would take the gradient of biases away
         "channel_mult=[1, 1]",
         "num_res_blocks=1",
         "attention_resolutions_px=[8]",
