@@ -41,7 +41,14 @@ COMMANDS = {
         "import_checkpoint",
         "turn an official GAN or diffusion checkpoint into one of ours, executing nothing in it",
         "standin import network-snapshot.pkl imported --channels t1,t2,flair,t1ce,label\n"
-        "python train.py --config configs/stylegan2.yaml --config imported/model.yaml --data.root SLICES",
+        "python train.py --config configs/stylegan2.yaml --config imported/model.yaml --data.root SLICES\n"
+        "standin import ema_0.9999_1200000.pt imported --channels t1,t2,flair,t1ce,label --flags.diffusion_steps 4000",
+    ),
+    "ema": Command(
+        "callbacks.posthoc_ema",
+        "reconstruct_ema",
+        "make the moving average of another length from the snapshots of a run",
+        "standin ema runs/diffusion runs/diffusion-ema-0.12.ckpt --std 0.12",
     ),
     "check-sampler": Command(
         "lightning_modules.sampler_check",

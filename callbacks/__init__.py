@@ -6,6 +6,8 @@ from callbacks.ema import EMA
 from callbacks.equivariance import Equivariance
 from callbacks.image_grid import ImageGrid
 from callbacks.memorization import Memorization
+from callbacks.posthoc_ema import PosthocEMA
+from callbacks.reconstruction import Reconstruction
 from callbacks.run_record import RunRecord
 from callbacks.synthetic_dataset import SyntheticDataset
 
@@ -16,6 +18,8 @@ __all__ = [
     "Equivariance",
     "ImageGrid",
     "Memorization",
+    "PosthocEMA",
+    "Reconstruction",
     "RunRecord",
     "SyntheticDataset",
 ]

@@ -6,16 +6,13 @@ ramp-up as in Karras et al. 2020 (NeurIPS, arXiv 2006.06676).
 
 from __future__ import annotations
 
-from typing import Any
+from lightning.pytorch import LightningModule, Trainer
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
-
+from callbacks.weight_average import WeightAverage, move
 from lightning_modules.image_generator import ImageGenerator
 
 
-class EMA(Callback):
+class EMA(WeightAverage):
     """Keep the moving average `ema_network` of an image generator.
 
     Args:
@@ -32,39 +29,18 @@ class EMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the average before a checkpoint is loaded."""
-        if not isinstance(pl_module, ImageGenerator):
-            raise ValueError(f"EMA averages image generators, but the model is a {type(pl_module).__name__}.")
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            assert isinstance(pl_module, ImageGenerator)
             pl_module.start_ema()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the clock, which a resumed run has restored."""
-        assert isinstance(pl_module, ImageGenerator)
-        self.followed = pl_module.images_seen
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Follow the iteration before this one, where a training step holds several."""
-        self._follow(pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Follow the last iteration."""
-        self._follow(pl_module)
-
-    @torch.no_grad()
-    def _follow(self, generator: LightningModule) -> None:
-        """Move the average towards the weights if the clock has moved; buffers are copied."""
-        assert isinstance(generator, ImageGenerator)
-        before, self.followed = self.followed, generator.images_seen
-        if self.followed == before:
-            return
+    def average(self, generator: ImageGenerator, before: int) -> None:
+        """Move the average towards the weights; buffers are copied."""
         halflife = self.halflife_kimg * 1000
         if self.rampup is not None and generator.init_from is None:
             halflife = min(halflife, before * self.rampup)
         decay = 0.5 ** ((self.followed - before) / max(halflife, 1e-8))
         network, average = generator.sampled_network, generator.start_ema()
-        for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
-            mean.copy_(parameter.lerp(mean, decay))
+        move(average.parameters(), network.parameters(), decay)
         for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
             copied.copy_(buffer)

@@ -78,7 +78,7 @@ class PosthocEMA(WeightAverage):
                 content = {
                     "run": self.run,
                     "std": std,
-                    "network": pl_module._sampled_name,
+                    "network": pl_module.sampled_name,
                     "parameters": average,
                     # Constants, or statistics, which are averages already.
                     "buffers": {name: value for name, value in weights.items() if name not in average},

@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.slice_set import write_atomically
+from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.image_generator import ImageGenerator
 
 PACKAGES = ("standin", "torch", "lightning", "monai", "torchmetrics", "numpy")
@@ -76,7 +77,7 @@ class RunRecord(Callback):
         commit, dirty = git_state(Path(__file__).parent)
         record = {
             "name": folder.name,
-            "kind": "generator" if isinstance(pl_module, ImageGenerator) else "segmenter",
+            "kind": _kind(pl_module),
             "model": f"{type(pl_module).__module__}.{type(pl_module).__name__} ({_networks(pl_module)})",
             "seed": getattr(pl_module, "seed", None),
             "images_seen": getattr(pl_module, "images_seen", 0),
@@ -105,6 +106,12 @@ class RunRecord(Callback):
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def _kind(module: LightningModule) -> str:
+    if isinstance(module, ImageGenerator):
+        return "generator"
+    return "autoencoder" if isinstance(module, Autoencoder) else "segmenter"
 
 
 def _networks(module: LightningModule) -> str:

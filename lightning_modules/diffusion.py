@@ -126,6 +126,13 @@ class Diffusion(ImageGenerator):
         """The network."""
         return self.network
 
+    def setup(self, stage: str) -> None:
+        """Compare the channels of the autoencoder with those of the data."""
+        super().setup(stage)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.autoencoder is not None and datamodule is not None:
+            self.autoencoder.check_channels(datamodule.channels)
+
     def configure_optimizers(self) -> AdamW:
         """Give AdamW over the network alone: an autoencoder stays as it is."""
         return AdamW(

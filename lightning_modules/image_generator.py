@@ -167,11 +167,11 @@ class ImageGenerator(ImageClockModule):
         if "ema_network" in found:
             self.start_ema()
         elif self.ema_network is not None:
-            own = self._sampled_name + "."
+            own = self.sampled_name + "."
             weights |= {name.replace(own, "ema_network.", 1): w for name, w in weights.items() if name.startswith(own)}
-        networks = [name for name in (self._sampled_name, "ema_network", "discriminator") if name in found]
-        if self._sampled_name not in found:
-            raise ValueError(f"model.init_from: {path} holds no weights of a {self._sampled_name}.")
+        networks = [name for name in (self.sampled_name, "ema_network", "discriminator") if name in found]
+        if self.sampled_name not in found:
+            raise ValueError(f"model.init_from: {path} holds no weights of a {self.sampled_name}.")
         for name in {*networks, *(["ema_network"] if self.ema_network is not None else [])}:
             _load(getattr(self, name), name, weights, path)
         return content
@@ -241,7 +241,8 @@ class ImageGenerator(ImageClockModule):
         return images_to_slices(self.generate(index.to(self.device), seed), self.label_levels)
 
     @property
-    def _sampled_name(self) -> str:
+    def sampled_name(self) -> str:
+        """Attribute that holds the sampled network."""
         return next(name for name, module in self.named_children() if module is self.sampled_network)
 
     def start_ema(self) -> nn.Module:
