@@ -21,7 +21,7 @@ NETWORKS = "lightning_modules.networks"
 LARGEST_NUMBER = 2**20
 LONGEST_LIST = 64
 SHOWN = 3
-FREE = ("num_half_res", "half_dtype", "freeze_layers")
+FREE = ("num_half_res", "half_dtype", "freeze_layers", "dropout", "gradient_checkpointing")
 """Arguments that say how a network is computed and trained, not what it is: left to the configuration."""
 PLAIN = (int, float, bool, str, type(None))
 
