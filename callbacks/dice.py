@@ -87,12 +87,16 @@ class Dice(Callback):
             self._show(trainer, pl_module, stage)
         return dice.cpu()
 
+    def _slices_with_tumour(self) -> torch.Tensor:
+        """Give the slice with most tumour of the first patients: uint8 (pictures, 5, H, W)."""
+        tumour = self.set.index[["core_px", "oedema_px", "enhancing_px"]].sum(axis=1)
+        best = tumour.groupby(self.set.index["patient"]).idxmax().to_numpy()[: self.pictures]
+        return torch.from_numpy(self.set.read(best))
+
     @torch.no_grad()
     def _show(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """Show slices with much tumour: FLAIR, reference, prediction."""
-        tumour = self.set.index[["core_px", "oedema_px", "enhancing_px"]].sum(axis=1)
-        best = tumour.groupby(self.set.index["patient"]).idxmax().to_numpy()[: self.pictures]
-        slices = torch.from_numpy(self.set.read(best)).to(pl_module.device)
+        slices = self._slices_with_tumour().to(pl_module.device)
         step: Any = pl_module.validation_step
         prediction = step({"slices": slices}, 0).cpu().numpy()
         grey, label = to_display(slices.cpu().numpy()[:, 3]), to_display(slices.cpu().numpy()[:, 4])

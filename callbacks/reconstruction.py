@@ -50,9 +50,7 @@ class Reconstruction(Dice):
     @torch.no_grad()
     def _show(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """Show slices with much tumour, and below each what became of it."""
-        tumour = self.set.index[["core_px", "oedema_px", "enhancing_px"]].sum(axis=1)
-        best = tumour.groupby(self.set.index["patient"]).idxmax().to_numpy()[: self.pictures]
-        slices = torch.from_numpy(self.set.read(best)).to(pl_module.device)
+        slices = self._slices_with_tumour().to(pl_module.device)
         step: Any = pl_module.validation_step
         restored = images_to_slices(step({"slices": slices}, 0)).cpu().numpy()
         rows = [panels(one) for pair in zip(slices.cpu().numpy(), restored, strict=True) for one in pair]

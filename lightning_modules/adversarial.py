@@ -186,11 +186,9 @@ class AdversarialGenerator(ImageGenerator):
             return images
         lod = self.growing.lod(self.images_seen)
         self.set_lod(lod)
-        optimizers: Any = self.optimizers()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.growing.learning_rate(self.images_seen)
-            if self._lod is not None and self.growing.level_changed(self._lod, lod):
+        self.set_learning_rate(self.growing.learning_rate(self.images_seen))
+        if self._lod is not None and self.growing.level_changed(self._lod, lod):
+            for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()  # as the originals do whenever layers enter or leave
         self._lod = lod
         return min(images, self.growing.minibatch_size(self.images_seen))

@@ -93,11 +93,7 @@ class Autoencoder(ImageClockModule):
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Set the learning rate for this position of the clock."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        total = (self.trainer.max_epochs or 1) * datamodule.epoch_images
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1.0 - min(self.images_seen / total, 1.0))
+        self.set_learning_rate(self.learning_rate * (1.0 - self.progress))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Give the latents of images, normalised: those of training slices have mean 0 and variance 1 per channel.

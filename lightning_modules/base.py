@@ -41,6 +41,19 @@ class ImageClockModule(LightningModule):
         """Advance the clock by the images that this process has seen in an iteration; the others saw as many."""
         self.images_seen += images * self.trainer.world_size
 
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, 0 to 1."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        total: int = (self.trainer.max_epochs or 1) * datamodule.epoch_images
+        return min(self.images_seen / total, 1.0)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of all optimizers."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch over all ranks, with the clock as their x-axis."""
         if self._sums:

@@ -147,8 +147,7 @@ class Diffusion(ImageGenerator):
             batch_idx: unused.
         """
         optimizer: Any = self.optimizers()
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, (self.images_seen + 1) / max(self.rampup_kimg * 1000, 1))
+        self.set_learning_rate(self.learning_rate * min(1.0, (self.images_seen + 1) / max(self.rampup_kimg * 1000, 1)))
         # Dropout is all that draws from PyTorch's own generator.
         torch.manual_seed((self.seed << 32) + self.images_seen + self.global_rank)
         samples = self.samples(batch)

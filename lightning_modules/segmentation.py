@@ -7,7 +7,6 @@ Dice and cross-entropy on every scale of a deeply supervised network, SGD with N
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,12 +100,7 @@ class SegmentationModule(ImageClockModule):
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Set the learning rate for this position of the clock."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        total = (self.trainer.max_epochs or 1) * datamodule.epoch_images
-        progress = min(self.images_seen / total, 1.0)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * (1.0 - progress) ** self.poly_power
+        self.set_learning_rate(self.lr * (1.0 - self.progress) ** self.poly_power)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Dice + cross-entropy, on every head of a deeply supervised network."""
