@@ -49,7 +49,10 @@ class Conditions(nn.Module):
 
     @classmethod
     def unnamed(cls, classes: int) -> Conditions:
-        """Classes that nobody here can recognise, as those of an imported network: drawn with equal chances."""
+        """Classes that nobody here can recognise, as those of an imported network: drawn with equal chances.
+
+        One can emit images with them, but not train.
+        """
         conditions = cls()
         conditions.bins = [classes] if classes else []
         conditions.register_buffer("counts", torch.zeros(classes, dtype=torch.float64), persistent=classes > 0)
@@ -69,7 +72,15 @@ class Conditions(nn.Module):
 
         Returns:
             int64 (N, K): tumour 1, height 1, areas 3 columns.
+
+        Raises:
+            ValueError: for classes that have no names.
         """
+        if self.bins and not self.names:
+            raise ValueError(
+                f"Expected classes that slices can be sorted into, but the {self.width} of this network have no names: "
+                "it can emit images, but not be trained. Train one with `conditions`."
+            )
         label, columns = slices[:, -1], []
         for name in self.names:
             if name == "tumour":

@@ -36,7 +36,7 @@ class Diffusion(ImageGenerator):
         adam_betas: decay rates.
         weight_decay: of AdamW.
         conditions: what the network is told of a slice: `tumour`, `height`, `areas`. Images are emitted with the
-            conditions in the proportions of the training.
+            conditions in the proportions of the training. None: an imported network with classes emits all alike.
         condition_dropout: how many samples are trained without condition, for guidance.
         guidance: weight of the condition when images are made: 1 is the plain model, more exaggerates it.
         clip: clip the denoised images to [-1, 1] in every step, as the originals do with chains.
@@ -74,7 +74,8 @@ class Diffusion(ImageGenerator):
         super().__init__(init_from, label_levels)
         self.save_hyperparameters()
         self.automatic_optimization = False
-        self.conditions = Conditions(conditions)
+        width: int = getattr(network, "condition_width", 0)
+        self.conditions = Conditions(conditions) if conditions else Conditions.unnamed(width)
         self.network = network
         self.objective = objective
         self.sampler = sampler
@@ -104,7 +105,7 @@ class Diffusion(ImageGenerator):
             )
         if not 0 <= self.condition_dropout < 1:
             problems.append(f"condition_dropout must be from 0 to below 1, but is {self.condition_dropout}.")
-        if self.guidance != 1 and not (self.conditions.names and self.condition_dropout):
+        if self.guidance != 1 and not (self.conditions.width and self.condition_dropout):
             problems.append(f"guidance of {self.guidance} needs conditions and condition_dropout above 0.")
         if self.autoencoder is not None:
             channels = getattr(self.network, "img_channels", None)

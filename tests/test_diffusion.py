@@ -188,6 +188,16 @@ def test_guidance_exaggerates_the_condition():
     assert mean(1.0) == pytest.approx(mean(3.0) - 0.2, abs=1e-5)
 
 
+def test_a_network_with_unknown_classes_emits_all_of_them_but_is_not_trained():
+    model = rule("x0", DDIM(1), network=Told("x0"))
+    plain = rule("x0", DDIM(1), network=Perfect("x0"))
+    index = torch.arange(64)
+    moved = (model.generate(index, seed=0) - plain.generate(index, seed=0)).mean(dim=(1, 2, 3))
+    assert 20 < int((moved > 0.05).sum()) < 44
+    with pytest.raises(ValueError, match="the 2 of this network have no names"):
+        model.conditions.of(torch.zeros(1, 5, 8, 8, dtype=torch.uint8), torch.zeros(1))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
