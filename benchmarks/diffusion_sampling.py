@@ -1,9 +1,10 @@
 """What fewer evaluations of the network cost: images per second, Fréchet distance and Dice for every sampler.
 
-    python benchmarks/diffusion_sampling.py RUN CONFIG SLICES OUT [--images 1000]
+    python benchmarks/diffusion_sampling.py RUN CONFIGURATION SLICES OUT [--images 1000]
 
-RUN is a finished run of a diffusion model and CONFIG the configuration that it was trained with; SLICES its real set.
-Every sampler emits a synthetic set of the same size from the same weights, as a user would (`train.py --task predict`);
+RUN is a finished run of a diffusion model and CONFIGURATION the YAML that it was trained with; SLICES its real set.
+Every sampler emits a synthetic set of the same size from the same weights, as a user would (`train.py --task predict`),
+ancestral sampling and DDIM along the paper's chain of 4000 steps, which any model can follow;
 a U-Net is trained on each, and on the real slices, and tested on the real test patients (Dice, means over classes and
 patients). The Fréchet distance is that of the deepest features of the U-Net that was trained on real slices, of the
 synthetic against the real training slices; beside it is the floor, that of the real test slices. What is there already
@@ -29,14 +30,15 @@ from lightning_modules.segmentation import SegmentationModule, normalize
 from metrics.fidelity import frechet_distance
 
 ROOT = Path(__file__).parent.parent
+CHAIN = {"class_path": "lightning_modules.diffusion_chain.DiffusionChain", "init_args": {"steps": 4000}}
+KARRAS = {"class_path": "lightning_modules.noise_levels.Karras"}
 SAMPLERS = {
-    "start of the program": ("DDIM", {"steps": 1}, 1),
-    "ancestral 4000": ("Ancestral", {"steps": 4000, "variance": "large"}, 4000),
-    "ancestral 250": ("Ancestral", {"steps": 250}, 250),
-    "DDIM 50": ("DDIM", {"steps": 50}, 50),
-    # On the levels of a chain it is poor: even steps leave too much spread.
-    "DPM-Solver++ 20": ("DPMSolverPP2M", {"steps": 20, "spacing": "lightning_modules.noise_levels.Karras"}, 20),
-    "Heun 18": ("Heun", {"steps": 18}, 35),
+    "start of the program": ("DDIM", {"steps": 1, "spacing": KARRAS}, 1),
+    "ancestral 4000": ("Ancestral", {"steps": 4000, "variance": "large", "spacing": CHAIN}, 4000),
+    "ancestral 250": ("Ancestral", {"steps": 250, "spacing": CHAIN}, 250),
+    "DDIM 50": ("DDIM", {"steps": 50, "spacing": CHAIN}, 50),
+    "DPM-Solver++ 20": ("DPMSolverPP2M", {"steps": 20, "spacing": KARRAS}, 20),
+    "Heun 18": ("Heun", {"steps": 18, "spacing": KARRAS}, 35),
 }
 
 
@@ -53,7 +55,7 @@ def emit(name: str, config: Path, checkpoint: Path, slices: Path, out: Path, ima
     record = out / "seconds.json"
     if not record.exists():
         words = [f"--model.sampler=lightning_modules.sampling.{sampler}"]
-        words += [f"--model.sampler.init_args.{key}={value}" for key, value in options.items()]
+        words += [f"--model.sampler.init_args.{key}={json.dumps(value)}" for key, value in options.items()]
         common = [f"--config={config}", f"--run_dir={out}", f"--data.root={slices}", f"--synthetic_slices={images}"]
         seconds = train(*common, *words, f"--model.init_from={checkpoint}", "--task=predict")
         record.write_text(json.dumps(seconds))
@@ -85,7 +87,7 @@ def features(segmenter: SegmentationModule, slices: SliceSet, count: int, seed: 
 
 def main(
     run: Path,
-    config: Path,
+    configuration: Path,
     slices: Path,
     out: Path,
     images: int = 1000,
@@ -96,7 +98,7 @@ def main(
 
     Args:
         run: folder of a trained diffusion model.
-        config: YAML that it was trained with.
+        configuration: YAML that it was trained with.
         slices: real slice set.
         out: folder for everything that is made.
         images: of every synthetic set.
@@ -114,10 +116,10 @@ def main(
     sys.stdout.write(f"{images} images; Fréchet distance of {count} slices to the training slices\n")
     sys.stdout.write(f"{'':22}{'evaluations':>12}{'images/s':>10}{'Fréchet':>9}{'Dice':>7}{'to real':>9}\n")
     sys.stdout.write(f"{'real':22}{'':>12}{'':>10}{floor:9.2f}{real_dice:7.3f}{1:9.3f}\n")
-    begin = emit("start of the program", config, run / "checkpoints/last.ckpt", slices, out / "start", images)
+    begin = emit("start of the program", configuration, run / "checkpoints/last.ckpt", slices, out / "start", images)
     for name in samplers or list(SAMPLERS)[1:]:
         folder = out / name.replace(" ", "-")
-        seconds = emit(name, config, run / "checkpoints/last.ckpt", slices, folder, images)
+        seconds = emit(name, configuration, run / "checkpoints/last.ckpt", slices, folder, images)
         distance = float(frechet_distance(reference, features(segmenter, SliceSet(folder / "synthetic"), count)))
         dice = segment(out / f"unet-{folder.name}", slices, folder / "synthetic", words)
         rate = images / max(seconds - begin, 1e-9)
