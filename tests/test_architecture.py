@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("lightning_modules", "datamodules", "metrics", "callbacks", "study")
+PACKAGES = ("lightning_modules", "datamodules", "metrics", "evaluation", "callbacks", "study")
 ALLOWED = {
     "lightning_modules/networks": {"lightning_modules.networks"},
     "lightning_modules": {"lightning_modules"},
     "datamodules": {"datamodules"},
     "metrics": {"metrics"},
-    "callbacks": {"callbacks", "datamodules", "lightning_modules", "metrics"},
-    "study": {"study", "datamodules", "metrics"},
+    "evaluation": {"evaluation", "datamodules", "metrics"},
+    "callbacks": {"callbacks", "datamodules", "evaluation", "lightning_modules", "metrics"},
+    "study": {"study", "datamodules", "evaluation", "metrics"},
     "train.py": set(),
     "cli.py": set(),
 }
