@@ -55,7 +55,10 @@ def emit(name: str, config: Path, checkpoint: Path, slices: Path, out: Path, ima
     record = out / "seconds.json"
     if not record.exists():
         words = [f"--model.sampler=lightning_modules.sampling.{sampler}"]
-        words += [f"--model.sampler.init_args.{key}={json.dumps(value)}" for key, value in options.items()]
+        words += [
+            f"--model.sampler.init_args.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in options.items()
+        ]
         common = [f"--config={config}", f"--run_dir={out}", f"--data.root={slices}", f"--synthetic_slices={images}"]
         seconds = train(*common, *words, f"--model.init_from={checkpoint}", "--task=predict")
         record.write_text(json.dumps(seconds))

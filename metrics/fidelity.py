@@ -1,32 +1,34 @@
-"""Fidelity of generated images in a feature space: Fréchet and kernel distance, precision and recall, inception score.
+"""Fidelity of generated images in a feature space: Fréchet distance, kernel distance, inception score.
 
 All take features (N, D), or class probabilities, that some network has computed; which one is the caller's choice and
-decides what the numbers mean. They are those of NVlabs/stylegan3. torchmetrics divides the covariance of its Fréchet
-distance by N - 1 instead of N, holds whole kernel matrices, and has no precision and recall of this kind.
+decides what the numbers mean. By default they are those of NVlabs/stylegan3. None of them sees memorization: the
+training images themselves get the best value there is.
 
-Compare equal numbers of images only: the Fréchet distance is biased by an amount that falls with N.
+Compare equal numbers of images only, and beside the distance of real images to real ones of other patients
+(:mod:`metrics.floor`): the Fréchet distance is biased by an amount that falls with N.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-ROWS = 1000
-"""Features that are compared with all others at a time: 100,000 others are 0.4 GB in float32."""
+from metrics.feature_neighbours import blocks, check_features
 
 
-def frechet_distance(real: Tensor, generated: Tensor) -> Tensor:
+def frechet_distance(real: Tensor, generated: Tensor, correction: Literal[0, 1] = 0) -> Tensor:
     """Squared Fréchet distance of the Gaussians fitted to the features (Heusel et al. 2017, arXiv 1706.08500; "FID").
 
-    |mu_r - mu_g|² + tr(S_r + S_g - 2 (S_r S_g)^(1/2)), with covariances over N. If S = F F^T, the trace of the root is
-    the sum of the singular values of F_r^T F_g: real and finite for fewer images than features too.
+    Blind to memorization, and to whatever leaves mean and covariance as they are: with 5 % of exact copies it is lower.
 
     Args:
         real: features (N, D).
         generated: features (M, D).
+        correction: covariances are over N - `correction`: 0 as NVlabs/stylegan3, 1 as most others (torchmetrics,
+            torch-fidelity, MONAI).
 
     Returns:
         Scalar, float64; 0 is best.
@@ -34,27 +36,43 @@ def frechet_distance(real: Tensor, generated: Tensor) -> Tensor:
     Raises:
         ValueError: If the features do not fit together or there are fewer than two of a kind.
     """
-    _check(real, generated)
-    (mean_r, factor_r), (mean_g, factor_g) = _moments(real), _moments(generated)
+    check_features(real, generated)
+    return frechet_distance_of_moments(*_moments(real, correction), *_moments(generated, correction))
+
+
+def frechet_distance_of_moments(mean_r: Tensor, covariance_r: Tensor, mean_g: Tensor, covariance_g: Tensor) -> Tensor:
+    """Squared Fréchet distance of two Gaussians given by means (D,) and covariances (D, D), in float64.
+
+    |mu_r - mu_g|² + tr(S_r + S_g - 2 (S_r S_g)^(1/2)). If S = F F^T, the trace of the root is the sum of the singular
+    values of F_r^T F_g: real and finite for fewer images than features too.
+    """
+    factor_r, factor_g = _factor(covariance_r), _factor(covariance_g)
     spread = factor_r.square().sum() + factor_g.square().sum()
     shared: Tensor = torch.linalg.svdvals(factor_r.t() @ factor_g).sum()
     return (mean_r - mean_g).square().sum() + spread - 2 * shared
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and a factor F (D, D) of the covariance F F^T, in float64."""
+def _factor(covariance: Tensor) -> Tensor:
+    """A matrix F with F F^T = covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    factor: Tensor = vectors * values.clamp(min=0).sqrt()  # rounding makes zeros negative
+    return factor
+
+
+def _moments(features: Tensor, correction: int) -> tuple[Tensor, Tensor]:
     mean = features.mean(0, dtype=torch.float64)
     covariance = mean.new_zeros(len(mean), len(mean))
-    for part in torch.split(features, ROWS):
+    for _, part in blocks(features):
         covariance.addmm_((part - mean).t(), part - mean)
-    values, vectors = torch.linalg.eigh(covariance / len(features))
-    return mean, vectors * values.clamp(min=0).sqrt()  # rounding makes zeros negative
+    return mean, covariance / (len(features) - correction)
 
 
 def kernel_distance(
     real: Tensor, generated: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Mean of :func:`polynomial_mmd` over random subsets (Bińkowski et al. 2018, arXiv 1801.01401; "KID").
+
+    Unbiased, so values at different N may be compared; blind to memorization all the same.
 
     Args:
         real: features (N, D).
@@ -64,23 +82,28 @@ def kernel_distance(
         seed: of the drawing.
 
     Returns:
-        Scalar, float64; 0 is best, and chance makes it negative too.
+        Mean and standard deviation over the subsets, scalars, float64; 0 is best, and chance makes the mean negative
+        too. The deviation is that of one subset, not of the mean.
 
     Raises:
         ValueError: As :func:`polynomial_mmd`.
     """
-    _check(real, generated)
+    check_features(real, generated)
     size = min(len(real), len(generated), subset_size)
     random = torch.Generator().manual_seed(seed)
-    values = []
+    found = []
     for _ in range(subsets):
         chosen = [torch.randperm(len(x), generator=random)[:size].to(x.device) for x in (real, generated)]
-        values.append(polynomial_mmd(real[chosen[0]], generated[chosen[1]]))
-    return torch.stack(values).mean()
+        found.append(polynomial_mmd(real[chosen[0]], generated[chosen[1]]))
+    values = torch.stack(found)
+    return values.mean(), values.std(correction=0)
 
 
 def polynomial_mmd(real: Tensor, generated: Tensor) -> Tensor:
     """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³ (arXiv 1801.01401, section 4).
+
+    Over all pairs, so its variance is the smallest an unbiased estimate can have; the time is that of
+    (N + M)² products.
 
     Args:
         real: features (N, D).
@@ -92,15 +115,14 @@ def polynomial_mmd(real: Tensor, generated: Tensor) -> Tensor:
     Raises:
         ValueError: If the features do not fit together or there are fewer than two of a kind.
     """
-    _check(real, generated)
-    x, y = real.double(), generated.double()
-    cross = _kernel_sum(x, y) / (len(x) * len(y))
-    return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * cross
+    check_features(real, generated)
+    cross = _kernel_sum(real, generated) / (len(real) * len(generated))
+    return _mean_of_pairs(real) + _mean_of_pairs(generated) - 2 * cross
 
 
 def _mean_of_pairs(x: Tensor) -> Tensor:
     """Mean of the kernel over pairs of different features."""
-    same = _kernel(x.square().sum(1), x.shape[1]).sum()
+    same = torch.stack([_kernel(part.double().square().sum(1), x.shape[1]).sum() for _, part in blocks(x)]).sum()
     return (_kernel_sum(x, x) - same) / (len(x) * (len(x) - 1))
 
 
@@ -109,36 +131,11 @@ def _kernel(products: Tensor, width: int) -> Tensor:
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-    return torch.stack([_kernel(part @ y.t(), x.shape[1]).sum() for part in torch.split(x, ROWS)]).sum()
-
-
-def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Share of generated features in the real manifold and of real ones in the generated (arXiv 1904.06991).
-
-    Kynkäänniemi et al. 2019: a manifold is the union of the balls around its features that reach to the k-th nearest
-    neighbour. Precision falls with implausible images, recall with missing variety.
-
-    Args:
-        real: features (N, D).
-        generated: features (M, D); the distances have their precision.
-        k: neighbours, fewer than N and M.
-
-    Returns:
-        Precision and recall, scalars in [0, 1].
-
-    Raises:
-        ValueError: If the features do not fit together or there are too few.
-    """
-    _check(real, generated, k + 1)
-    return _inside(generated, real, k), _inside(real, generated, k)
-
-
-def _inside(probes: Tensor, manifold: Tensor, k: int) -> Tensor:
-    """Share of the probes that lie in the manifold."""
-    # A feature is at distance 0 from itself, so its k-th neighbour is the (k + 1)-th smallest distance.
-    radius = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1).values for part in torch.split(manifold, ROWS)])
-    inside = [(torch.cdist(part, manifold) <= radius).any(1) for part in torch.split(probes, ROWS)]
-    return torch.cat(inside).double().mean()
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for _, a in blocks(x):
+        for _, b in blocks(y):
+            total += _kernel(a.double() @ b.double().t(), x.shape[1]).sum()
+    return total
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[Tensor, Tensor]:
@@ -164,15 +161,3 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[Tensor, Te
         scores.append(divergence.sum(1).mean().exp())
     values = torch.stack(scores)
     return values.mean(), values.std(correction=0)
-
-
-def _check(real: Tensor, generated: Tensor, least: int = 2) -> None:
-    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            "Features must be (N, D) and (M, D), from one network; got "
-            f"{tuple(real.shape)} real and {tuple(generated.shape)} generated ones."
-        )
-    if min(len(real), len(generated)) < least:
-        raise ValueError(
-            f"At least {least} real and {least} generated images are needed; got {len(real)} and {len(generated)}."
-        )
