@@ -1,9 +1,15 @@
-"""Statistics in which the patient is the unit: bootstrap intervals, paired tests, comparison with a null.
+"""Statistics in which the patient is the unit: bootstrap intervals, paired tests and effects, comparison with a null.
 
 Slices of one patient are not independent samples; every function here takes one value per patient, or is told which
 patient a value belongs to. Percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993),
 chapter 13; step-down correction: Holm, Scand. J. Statist. 6 (1979); conformal p-values: Vovk et al., "Algorithmic
 Learning in a Random World" (2005).
+
+An arm of several trainings, which differ in their seed, comes as (patients, seeds). Tests and effects take the mean
+over seeds of each patient: more seeds are not more patients. Intervals resample patients and, independently, seeds
+(Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1 (2007), doi 10.1214/07-AOAS122): each training is judged on all
+patients, so one draw of seeds holds for all of them; a draw for each patient apart would average the luck of a training
+away. A patient without a value for some seeds has the mean of the others there, one without any is dropped.
 """
 
 from __future__ import annotations
@@ -42,6 +48,24 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
+class EffectSizes:
+    """How much an arm b differs from an arm a on the same patients; positive where b is larger.
+
+    Attributes:
+        d_z: mean of the differences over their standard deviation (Cohen, "Statistical Power Analysis" (1988)).
+        rank_biserial: of matched pairs, -1..1: the share of the ranks of |difference| that speaks for b minus the
+            share against (Kerby, Compr. Psychol. 3 (2014)); equal pairs have no rank, as in Wilcoxon's test.
+        n: pairs used.
+        dropped: pairs dropped because a value was NaN.
+    """
+
+    d_z: float
+    rank_biserial: float
+    n: int
+    dropped: int
+
+
+@dataclass(frozen=True)
 class NullComparison:
     """How largest correlations of synthetic slices lie against those of held-out real slices (the null).
 
@@ -71,21 +95,24 @@ def bootstrap_mean(
     """Mean over patients with its percentile bootstrap interval.
 
     Args:
-        values: (patients,); NaN is dropped and counted.
+        values: (patients,) or (patients, seeds); patients with nothing but NaN are dropped and counted.
         n_resamples: number of bootstrap samples B.
-        seed: of numpy's `default_rng`; the indices are its first `integers(0, n, (B, n))`.
+        seed: of numpy's `default_rng`; the indices of patients are its first `integers(0, n, (B, n))`.
         confidence: coverage of the interval.
 
     Returns:
         The interval; its ends are NaN below `MIN_PATIENTS` patients.
     """
-    x = np.asarray(values, np.float64)
-    kept = x[~np.isnan(x)]
-    estimate = float(kept.mean()) if kept.size else float("nan")
+    x = _patients_by_seeds(values)
+    kept = x[~np.isnan(x[:, 0])]
+    n = len(kept)
+    estimate = float(kept.mean(axis=1).mean()) if n else float("nan")
     low = high = float("nan")
-    if kept.size >= MIN_PATIENTS:
-        low, high = _percentiles(kept[_resamples(kept.size, n_resamples, seed)].mean(axis=1), confidence)
-    return Interval(estimate, low, high, kept.size, x.size - kept.size)
+    if n >= MIN_PATIENTS:
+        rng = np.random.default_rng(seed)
+        rows = rng.integers(0, n, (n_resamples, n))
+        low, high = _percentiles(_resampled_means(kept, rows, rng), confidence)
+    return Interval(estimate, low, high, n, len(x) - n)
 
 
 def bootstrap_ratio(
@@ -96,8 +123,9 @@ def bootstrap_ratio(
     Patients are resampled, each with both of its values, so what makes a patient easy or hard for both arms cancels.
 
     Args:
-        a: (patients,), the arm that is compared with.
-        b: (patients,), same patients in the same order; pairs with a NaN are dropped and counted.
+        a: (patients,) or (patients, seeds), the arm that is compared with.
+        b: same patients in the same order, its own number of seeds; patients without a value in either arm are dropped
+            and counted.
         n_resamples: number of bootstrap samples B.
         seed: of numpy's `default_rng`.
         confidence: coverage of the interval.
@@ -106,14 +134,16 @@ def bootstrap_ratio(
         The interval; its ends are NaN below `MIN_PATIENTS` pairs, or where a resample has mean(a) = 0.
     """
     x, y, dropped = _pairs(a, b)
-    estimate = float(y.mean() / x.mean()) if x.size and x.mean() != 0 else float("nan")
+    n = len(x)
+    estimate = float(y.mean() / x.mean()) if n and x.mean() != 0 else float("nan")
     low = high = float("nan")
-    if x.size >= MIN_PATIENTS:
-        rows = _resamples(x.size, n_resamples, seed)
-        denominators = x[rows].mean(axis=1)
+    if n >= MIN_PATIENTS:
+        rng = np.random.default_rng(seed)
+        rows = rng.integers(0, n, (n_resamples, n))
+        denominators = _resampled_means(x, rows, rng)
         if np.all(denominators != 0):
-            low, high = _percentiles(y[rows].mean(axis=1) / denominators, confidence)
-    return Interval(estimate, low, high, x.size, dropped)
+            low, high = _percentiles(_resampled_means(y, rows, rng) / denominators, confidence)
+    return Interval(estimate, low, high, n, dropped)
 
 
 def bootstrap_share_above(
@@ -165,15 +195,39 @@ def bootstrap_share_above(
 def paired_wilcoxon(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedTest:
     """Two-sided Wilcoxon signed-rank test on pairs of patients (scipy, ties of zero dropped as Wilcoxon did).
 
-    Pairs with a NaN are dropped and counted. Without any difference between the arms p is 1; without pairs it is NaN.
+    Arms are (patients,) or (patients, seeds). Pairs with a NaN are dropped and counted. Without any difference between
+    the arms p is 1; without pairs it is NaN.
     """
-    x, y, dropped = _pairs(a, b)
+    x, y, dropped = _mean_pairs(a, b)
     if x.size == 0:
         return PairedTest(float("nan"), float("nan"), 0, dropped)
     if np.all(x == y):
         return PairedTest(0.0, 1.0, x.size, dropped)
     result = stats.wilcoxon(x, y, zero_method="wilcox", alternative="two-sided")
     return PairedTest(float(result.statistic), float(result.pvalue), x.size, dropped)
+
+
+def effect_sizes(a: npt.ArrayLike, b: npt.ArrayLike) -> EffectSizes:
+    """Say how large the difference of two arms on the same patients is, in units free of the metric.
+
+    Args:
+        a: (patients,) or (patients, seeds), the arm that is compared with.
+        b: same patients in the same order; pairs with a NaN are dropped and counted.
+
+    Returns:
+        The effects: 0 without any difference; NaN without pairs, and for d_z also with one.
+    """
+    x, y, dropped = _mean_pairs(a, b)
+    difference = y - x
+    changed = difference[difference != 0]
+    if not changed.size:
+        none = 0.0 if difference.size else float("nan")
+        return EffectSizes(none, none, difference.size, dropped)
+    ranks = stats.rankdata(np.abs(changed))
+    with np.errstate(divide="ignore"):  # the same difference everywhere is infinite
+        d_z = difference.mean() / difference.std(ddof=1) if difference.size > 1 else np.nan
+    rank_biserial = np.sum(ranks * np.sign(changed)) / np.sum(ranks)
+    return EffectSizes(float(d_z), float(rank_biserial), difference.size, dropped)
 
 
 def holm(p_values: npt.ArrayLike) -> Floats:
@@ -238,16 +292,38 @@ def summarize(r_synthetic: npt.ArrayLike, r_null: npt.ArrayLike) -> NullComparis
     )
 
 
+def _patients_by_seeds(values: npt.ArrayLike) -> Floats:
+    """Give (patients, seeds); the NaN of a patient are the mean of the patient's other seeds."""
+    x = np.asarray(values, np.float64)
+    if x.ndim == 1:
+        return x[:, None]
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"Expected one value per patient, or (patients, seeds), but got shape {x.shape}.")
+    missing = np.isnan(x)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a patient without a value
+        mean = np.where(missing, 0.0, x).sum(axis=1, keepdims=True) / (~missing).sum(axis=1, keepdims=True)
+    return np.where(missing, mean, x)
+
+
 def _pairs(a: npt.ArrayLike, b: npt.ArrayLike) -> tuple[Floats, Floats, int]:
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"Expected two arms with one value per patient each, but got shapes {x.shape} and {y.shape}.")
-    valid = ~(np.isnan(x) | np.isnan(y))
+    """Give both arms as (pairs, seeds), and how many pairs were dropped."""
+    x, y = _patients_by_seeds(a), _patients_by_seeds(b)
+    if len(x) != len(y):
+        raise ValueError(f"Expected two arms with one value per patient each, but got {len(x)} and {len(y)} patients.")
+    valid = ~(np.isnan(x[:, 0]) | np.isnan(y[:, 0]))
     return x[valid], y[valid], int((~valid).sum())
 
 
-def _resamples(n: int, n_resamples: int, seed: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, n, (n_resamples, n))
+def _mean_pairs(a: npt.ArrayLike, b: npt.ArrayLike) -> tuple[Floats, Floats, int]:
+    x, y, dropped = _pairs(a, b)
+    return x.mean(axis=1), y.mean(axis=1), dropped
+
+
+def _resampled_means(values: Floats, rows: npt.NDArray[np.int64], rng: np.random.Generator) -> Floats:
+    """Means (B,) of values (patients, seeds) over resampled patients, rows (B, patients), and seeds drawn here."""
+    per_seed = np.stack([column[rows].mean(axis=1) for column in values.T], axis=1)  # (B, seeds)
+    drawn = rng.integers(0, per_seed.shape[1], per_seed.shape)
+    return np.asarray(np.take_along_axis(per_seed, drawn, axis=1).mean(axis=1), np.float64)
 
 
 def _percentiles(values: npt.NDArray[Any], confidence: float) -> tuple[float, float]:
