@@ -6,6 +6,7 @@ Only the package of the subcommand that is asked for is imported, so `standin --
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """Where the function of a subcommand is, and an example of its use."""
+    """Where the function of a subcommand is, an example of its use, and whether its first arguments are one list."""
 
     module: str
     function: str
     summary: str
     example: str
+    takes_list: bool = False
 
 
 COMMANDS = {
@@ -56,6 +58,21 @@ COMMANDS = {
         "check the samplers of diffusion models against closed forms, at any number of steps",
         "standin check-sampler\nstandin check-sampler --steps all --only_deviating true",
     ),
+    "evaluate": Command(
+        "evaluation.evaluate",
+        "evaluate",
+        "judge any folder of label maps against its references, per patient",
+        "standin evaluate runs/unet/predictions BraTS2021 runs/unet/judged --labels reference --cases data/brats2021\n"
+        "standin evaluate nnUNet_results/fold_0 labelsTr judged --labels '{core: 2, oedema: 1, enhancing: 3}'",
+    ),
+    "compare": Command(
+        "evaluation.compare",
+        "compare",
+        "compare segmenters on the same patients; the first one is the baseline",
+        "standin compare runs/unet-real runs/unet-synthetic --out comparison\n"
+        "standin compare '{real: [runs/r-0, runs/r-1], synthetic: [runs/s-0, runs/s-1]}' --out comparison",
+        takes_list=True,
+    ),
     "report": Command(
         "study.report",
         "report",
@@ -74,6 +91,14 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def _as_list(words: list[str]) -> list[str]:
+    """Make one list of the words before the first option, unless it is a list or a mapping already."""
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if not count or words[0].startswith(("[", "{")):
+        return words
+    return [json.dumps(words[:count]), *words[count:]]
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one subcommand."""
     args = sys.argv[1:] if args is None else args
@@ -84,6 +109,8 @@ def main(args: list[str] | None = None) -> None:
     if name not in COMMANDS:
         sys.exit(f"standin: there is no command {name!r}.\n\n{overview()}")
     command = COMMANDS[name]
+    if command.takes_list:
+        rest = _as_list(rest)
     from jsonargparse import DefaultHelpFormatter, auto_cli
 
     class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):

@@ -184,7 +184,7 @@ def _check_labels(
         fault(path, f"{fractional.size} labels that are no whole numbers, such as {fractional[0]:g}", remedy)
         return
     try:
-        tumour = map_labels(array, volume) > 0
+        tumour = map_labels(array, volume.label_codes, volume.layout) > 0
     except ValueError as error:
         fault(path, str(error), "Check which year the file is of, and that its name is of the same year")
         return

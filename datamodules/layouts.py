@@ -173,12 +173,12 @@ def _find_brats(root: Path, folder: Path, files: list[str]) -> tuple[list[Volume
         styles.setdefault(separator, name)
         if kind in groups[volume]:
             both = f"{_relative(groups[volume][kind], root)} and {name}"
-            faults.append(Fault(_patient(volume), both, f"two files for {kind}", "Remove one of them"))
+            faults.append(Fault(patient_of(volume), both, f"two files for {kind}", "Remove one of them"))
         groups[volume][kind] = folder / name
     if len(styles) > 1:
         fault = f"one folder with two namings: {styles['_']} (BraTS 2018-2021) and {styles['-']} (BraTS 2023, 2024)"
         remedy = "Move the files of each naming to a folder of their own"
-        return [], [Fault(_patient(volume), _relative(folder, root), fault, remedy) for volume in sorted(groups)]
+        return [], [Fault(patient_of(volume), _relative(folder, root), fault, remedy) for volume in sorted(groups)]
     for volume, stray in strays.items():
         if volume in groups:
             groups[volume].setdefault("seg", stray)
@@ -193,11 +193,11 @@ def _find_brats(root: Path, folder: Path, files: list[str]) -> tuple[list[Volume
             foreign = group["seg"] = groups[lonely.pop()]["seg"]
             fault = f"the segmentation is of another patient than the images, {volume}"
             remedy = f"Fetch the file {missing[-1]}.nii.gz of this patient"
-            faults.append(Fault(_patient(volume), _relative(foreign, root), fault, remedy))
+            faults.append(Fault(patient_of(volume), _relative(foreign, root), fault, remedy))
             missing = missing[:-1]
         faults += [
             Fault(
-                _patient(volume),
+                patient_of(volume),
                 _relative(folder / f"{name}.nii.gz", root),
                 "missing segmentation"
                 if name.endswith("seg")
@@ -208,13 +208,13 @@ def _find_brats(root: Path, folder: Path, files: list[str]) -> tuple[list[Volume
         ]
         if re.match(r"BraTS-PED", volume, re.IGNORECASE):
             remedy = "Leave BraTS-PED out: its four labels have no counterpart in the other sets"
-            faults.append(Fault(_patient(volume), _relative(folder, root), "unsupported layout", remedy))
+            faults.append(Fault(patient_of(volume), _relative(folder, root), "unsupported layout", remedy))
         elif {*MODALITIES, "seg"} <= set(group):
             layout, codes = _layout(volume, next(iter(styles)))
             images = {name: group[name] for name in MODALITIES}
-            volumes.append(Volume(_patient(volume), volume, layout, images, group["seg"], codes))
+            volumes.append(Volume(patient_of(volume), volume, layout, images, group["seg"], codes))
     for volume in lonely:
-        faults.append(_orphan(_patient(volume), _relative(groups[volume]["seg"], root)))
+        faults.append(_orphan(patient_of(volume), _relative(groups[volume]["seg"], root)))
     return volumes, faults
 
 
@@ -222,7 +222,8 @@ def _orphan(patient: str, file: str) -> Fault:
     return Fault(patient, file, "segmentation without images", "Add the images, or move the file out of the folder")
 
 
-def _patient(volume: str) -> str:
+def patient_of(volume: str) -> str:
+    """Give the patient of a volume id: that of BraTS 2023 and 2024 ends in the time point."""
     match = re.fullmatch(r"(BraTS-[A-Z]+-\d+)-\d+", volume, re.IGNORECASE)
     return match[1] if match else volume
 
@@ -331,22 +332,28 @@ def pick_modality(volume: Volume, modality: str, array: npt.NDArray[Any]) -> Ima
     return array if volume.channels is None else array[..., volume.channels[modality]]
 
 
-def map_labels(array: npt.NDArray[Any], volume: Volume) -> Labels:
+def map_labels(array: npt.NDArray[Any], codes: Mapping[int, int], convention: str) -> Labels:
     """Turn the codes of a label file into class indices.
 
+    Args:
+        array: what the file holds.
+        codes: code -> class index.
+        convention: whose codes these are, for the message.
+
     Raises:
-        ValueError: if a code does not belong to the layout; the text goes on from "the file".
+        ValueError: if a code does not belong to them; the text goes on from "the file".
     """
-    codes = np.unique(array)
-    unknown = [f"{code:g}" for code in codes if code not in volume.label_codes]
+    with np.errstate(invalid="ignore"):
+        small = array.astype(np.uint8)
+    whole = np.array_equal(small, array)
+    found = np.flatnonzero(np.bincount(small.ravel())) if whole else np.unique(array)
+    unknown = [f"{code:g}" for code in found if code not in codes]
     if unknown:
-        expected = ", ".join(str(code) for code in volume.label_codes)
-        raise ValueError(f"has the label {', '.join(unknown[:5])}, but {volume.layout} has only {expected}")
-    out = np.zeros(array.shape, np.uint8)
-    for code, index in volume.label_codes.items():
-        if index:
-            out[array == code] = index
-    return out
+        expected = ", ".join(str(code) for code in sorted(codes))
+        raise ValueError(f"has the label {', '.join(unknown[:5])}, but {convention} has only {expected}")
+    table = np.zeros(256, np.uint8)
+    table[list(codes)] = list(codes.values())
+    return table[small]
 
 
 def read_volume(volume: Volume) -> tuple[Images, Labels, tuple[float, float, float]]:
@@ -363,7 +370,7 @@ def read_volume(volume: Volume) -> tuple[Images, Labels, tuple[float, float, flo
     try:
         for path in volume.files:
             files[path] = read_nifti(path.read_bytes(), path.name)
-        labels = map_labels(files[volume.segmentation].array, volume)
+        labels = map_labels(files[volume.segmentation].array, volume.label_codes, volume.layout)
     except ValueError as error:
         raise ValueError(f"Patient {volume.patient}: {path} {error}.") from error
     images = np.stack([pick_modality(volume, name, files[volume.images[name]].array) for name in MODALITIES])

@@ -115,6 +115,22 @@ def bootstrap_mean(
     return Interval(estimate, low, high, n, len(x) - n)
 
 
+def bootstrap_difference(
+    a: npt.ArrayLike, b: npt.ArrayLike, *, n_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """Difference mean(b) - mean(a) of two arms on the same patients; arguments and resampling as `bootstrap_ratio`."""
+    x, y, dropped = _pairs(a, b)
+    n = len(x)
+    estimate = float(y.mean() - x.mean()) if n else float("nan")
+    low = high = float("nan")
+    if n >= MIN_PATIENTS:
+        rng = np.random.default_rng(seed)
+        rows = rng.integers(0, n, (n_resamples, n))
+        of_a = _resampled_means(x, rows, rng)
+        low, high = _percentiles(_resampled_means(y, rows, rng) - of_a, confidence)
+    return Interval(estimate, low, high, n, dropped)
+
+
 def bootstrap_ratio(
     a: npt.ArrayLike, b: npt.ArrayLike, *, n_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
 ) -> Interval:

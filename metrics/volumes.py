@@ -125,14 +125,15 @@ def summarize(table: pd.DataFrame, empty: Empty) -> pd.DataFrame:
     as the classes of a patient who lacks some would count for more.
 
     Args:
-        table: raw rows of `judge_volume`, one per patient and entity: patients are what is resampled.
+        table: raw rows of `judge_volume`, one per case and entity. Patients are what is averaged and resampled: where a
+            column `patient` says that cases are time points of one patient, their mean counts once.
         empty: "nan", "one" or "brats2023".
 
     Returns:
         One row per entity and metric: `entity`, `metric`, `mean`, `sd` (n - 1), `median`, `q25`, `q75` of the defined
-        values; `n` patients, `n_valid` of them with a value, `n_both_empty`, `n_missed` (only the reference holds the
-        entity), `n_false_positive` (only the prediction does); `ci_low`, `ci_high`, the 95 % bootstrap interval of the
-        mean.
+        values; `n_valid` patients with a value; `n` cases, `n_both_empty` of them, `n_missed` (only the reference holds
+        the entity), `n_false_positive` (only the prediction does); `ci_low`, `ci_high`, the 95 % bootstrap interval of
+        the mean.
     """
     filled = apply_convention(table, empty)
     rows = []
@@ -143,8 +144,10 @@ def summarize(table: pd.DataFrame, empty: Empty) -> pd.DataFrame:
             "n_missed": int(_missed(of_entity).sum()),
             "n_false_positive": int(_false_positive(of_entity).sum()),
         }
+        patients = of_entity.get("patient", of_entity.index)
+        of_patients = of_entity.groupby(patients, sort=False)[list(METRICS)].mean()
         for metric in METRICS:
-            values = of_entity[metric].astype(float)
+            values = of_patients[metric].astype(float)
             mean = bootstrap_mean(values.to_numpy())
             rows.append(
                 {

@@ -1,48 +1,27 @@
 """The figures of the report: pictures of slices and charts, each a function from numbers to a matplotlib Figure.
 
-Figures are made without pyplot, so nothing global is touched and nothing stays open. Charts come in a light and a dark
-theme. Colours: Okabe and Ito (2008), told apart with any colour vision.
+Charts come in a light and a dark theme (`evaluation.charts`).
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from datamodules.pictures import CLASS_COLOURS, panels
 from datamodules.slice_set import CHANNELS, CLASSES, Slices
+from evaluation.charts import BLUE, ORANGE, PICTURE, SERIES, Theme, box, fade, groups, legend, style
 
-BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7"
-SERIES = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE)
 HELD_OUT, SYNTHETIC = BLUE, ORANGE
-DPI = 150
 RELATIVE_TO_REAL_MAX = 2.0
 """Ratios and their intervals above this are cut off in the chart; the table holds them."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    """The colours of a chart."""
-
-    background: str
-    ink: str
-    muted: str
-    grid: str
-
-
-LIGHT = Theme("#ffffff", "#1c2128", "#57606a", "#e1e4e8")
-DARK = Theme("#161b22", "#e6edf3", "#9aa4af", "#30363d")
-PICTURE = Theme("#000000", "#e6edf3", "#9aa4af", "#000000")
 
 
 @dataclass(frozen=True)
@@ -52,13 +31,6 @@ class PictureRow:
     text: str
     left: Slices
     right: Slices | None
-
-
-def to_png(figure: Figure) -> bytes:
-    """Render a figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
-    return buffer.getvalue()
 
 
 def picture_pairs(rows: Sequence[PictureRow], left_title: str, right_title: str) -> Figure:
@@ -114,7 +86,7 @@ def correlation_densities(
     names = list(synthetic)
     places = [grid[:, :2], grid[0, 2], grid[0, 3], grid[1, 2], grid[1, 3]]
     for number, (name, place) in enumerate(zip(names, places, strict=False)):
-        axes = _style(figure.add_subplot(place), theme)
+        axes = style(figure.add_subplot(place), theme)
         x, y = (np.asarray(values[name], float) for values in (synthetic, held_out))
         x, y = x[~np.isnan(x)], y[~np.isnan(y)]
         axes.set_title(name if number else "all four modalities together", size=9 if number else 10, color=theme.ink)
@@ -146,25 +118,18 @@ def correlation_densities(
 def dice_boxes(dice: Mapping[str, pd.DataFrame], entities: Sequence[str], theme: Theme) -> Figure:
     """Box plots of Dice per patient with every patient as a point; `dice` maps arm to (patients x entities)."""
     figure = Figure(figsize=(11, 4.0), facecolor=theme.background, layout="constrained")
-    axes = _style(figure.add_subplot(), theme)
+    axes = style(figure.add_subplot(), theme)
     width = 0.8 / len(dice)
     for number, table in enumerate(dice.values()):
         colour = SERIES[number % len(SERIES)]
         for group, entity in enumerate(entities):
             values = table[entity].dropna().to_numpy(float)
             x = group + (number - (len(dice) - 1) / 2) * width
-            line = {"color": colour, "linewidth": 1.3}
-            axes.boxplot(
-                [values], positions=[x], widths=width * 0.78, showfliers=False, patch_artist=True, manage_ticks=False,
-                boxprops={"facecolor": _fade(colour, theme), "edgecolor": colour, "linewidth": 1.3},
-                medianprops={"color": colour, "linewidth": 2.2}, whiskerprops=line, capprops=line,
-            )  # fmt: skip
-            spread = np.random.default_rng((number, group)).uniform(-0.22, 0.22, len(values)) * width
-            axes.scatter(x + spread, values, s=11, color=colour, edgecolor=theme.background, linewidth=0.4, zorder=3)
+            box(axes, x, values, width, colour, theme, (number, group))
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("Dice per patient")
-    _groups(axes, entities, theme)
-    _legend(figure, list(dice), 0, theme)
+    groups(axes, entities)
+    legend(figure, list(dice), theme)
     return figure
 
 
@@ -178,7 +143,7 @@ def ratio_bars(ratios: pd.DataFrame, arms: Sequence[str], entities: Sequence[str
         theme: colours.
     """
     figure = Figure(figsize=(11, 3.7), facecolor=theme.background, layout="constrained")
-    axes = _style(figure.add_subplot(), theme)
+    axes = style(figure.add_subplot(), theme)
     shown = [arm for arm in arms if (ratios["arm"] == arm).any()]
     width = 0.8 / max(1, len(shown))
     top = 1.1
@@ -187,7 +152,7 @@ def ratio_bars(ratios: pd.DataFrame, arms: Sequence[str], entities: Sequence[str
         x = np.arange(len(entities)) + (number - (len(shown) - 1) / 2) * width
         height = rows["ratio"].clip(upper=RELATIVE_TO_REAL_MAX)
         colour = SERIES[list(arms).index(arm) % len(SERIES)]
-        axes.bar(x, height, width * 0.86, color=_fade(colour, theme), edgecolor=colour, linewidth=1.3)
+        axes.bar(x, height, width * 0.86, color=fade(colour, theme), edgecolor=colour, linewidth=1.3)
         low, high = rows["ci_low"], rows["ci_high"].clip(upper=RELATIVE_TO_REAL_MAX)
         axes.vlines(x, low, high, color=theme.ink, linewidth=1.3)
         top = max(top, float(np.nanmax([height.max(), high.max(), 0])) + 0.05)
@@ -198,29 +163,29 @@ def ratio_bars(ratios: pd.DataFrame, arms: Sequence[str], entities: Sequence[str
     axes.set_ylim(0, top)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("Dice relative to real")
-    _groups(axes, entities, theme)
-    _legend(figure, shown, [list(arms).index(arm) for arm in shown], theme)
+    groups(axes, entities)
+    legend(figure, shown, theme, [list(arms).index(arm) for arm in shown])
     return figure
 
 
 def class_bars(classes: pd.DataFrame, theme: Theme) -> Figure:
     """Share of slices with each class and mean area where present; columns as in `results.class_table`."""
     figure = Figure(figsize=(11, 3.3), facecolor=theme.background, layout="constrained")
-    sets, groups = list(dict.fromkeys(classes["set"])), list(dict.fromkeys(classes["class"]))
+    sets, shown = list(dict.fromkeys(classes["set"])), list(dict.fromkeys(classes["class"]))
     width = 0.8 / len(sets)
     quantities = (("share_with_class", "slices with the class"), ("mean_area_cm2", "mean area where present (cm²)"))
     for column, (quantity, label) in enumerate(quantities):
-        axes = _style(figure.add_subplot(1, 2, column + 1), theme)
+        axes = style(figure.add_subplot(1, 2, column + 1), theme)
         for number, name in enumerate(sets):
-            rows = classes[classes["set"] == name].set_index("class").loc[groups]
-            x = np.arange(len(groups)) + (number - (len(sets) - 1) / 2) * width
+            rows = classes[classes["set"] == name].set_index("class").loc[shown]
+            x = np.arange(len(shown)) + (number - (len(sets) - 1) / 2) * width
             colour = SERIES[number % len(SERIES)]
-            axes.bar(x, rows[quantity], width * 0.86, color=_fade(colour, theme), edgecolor=colour, linewidth=1.3)
+            axes.bar(x, rows[quantity], width * 0.86, color=fade(colour, theme), edgecolor=colour, linewidth=1.3)
         axes.set_ylabel(label)
         if column == 0:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _groups(axes, groups, theme)
-    _legend(figure, sets, 0, theme)
+        groups(axes, shown)
+    legend(figure, sets, theme)
     return figure
 
 
@@ -235,41 +200,3 @@ def _heads(slices: Slices) -> tuple[slice, ...]:
 
 def _mosaic(rows: Sequence[Sequence[npt.NDArray[np.uint8]]]) -> npt.NDArray[np.uint8]:
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-
-
-def _style(axes: Axes, theme: Theme) -> Axes:
-    axes.set_facecolor(theme.background)
-    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0, labelcolor=theme.ink)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.yaxis.label.set_color(theme.ink)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.grid)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.7)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _groups(axes: Axes, names: Sequence[str], theme: Theme) -> None:
-    axes.set_xticks(range(len(names)), [name.replace(" of ", "\nof ") for name in names])
-    axes.set_xlim(-0.55, len(names) - 0.45)
-
-
-def _legend(figure: Figure, names: Sequence[str], colours: int | Sequence[int], theme: Theme) -> None:
-    numbers = range(len(names)) if isinstance(colours, int) else colours
-    handles: list[Any] = [
-        Patch(color=SERIES[i % len(SERIES)], label=name) for i, name in zip(numbers, names, strict=True)
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper left", ncol=min(4, len(names)), frameon=False, fontsize=9,
-        labelcolor=theme.ink, handlelength=1.0, handleheight=1.0,
-    )  # fmt: skip
-
-
-def _fade(colour: str, theme: Theme) -> tuple[float, float, float]:
-    """Mix a colour with the background."""
-    mine, back = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) / 255 for c in (colour, theme.background))
-    red, green, blue = (0.35 * mine + 0.65 * back).tolist()
-    return red, green, blue

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from datamodules.slice_set import SliceSet, write_atomically
+from evaluation.charts import DARK, LIGHT, Theme, to_png
 from study import figures
-from study.figures import DARK, LIGHT, PictureRow, Theme
+from study.figures import PictureRow
 from study.results import (
     ALL_MODALITIES,
     CLASS_MEAN,
@@ -310,20 +311,20 @@ def _pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
         functools.partial(figures.class_bars, tables["classes"]),
     ))  # fmt: skip
     for name, caption, draw in charts:
-        yield _save(folder, name, caption, figures.to_png(draw(LIGHT)), figures.to_png(draw(DARK)))
+        yield _save(folder, name, caption, to_png(draw(LIGHT)), to_png(draw(DARK)))
     for generator in study.generators:
         caption = (
             f"Drawn at random, not chosen. Left: real training slices. Right: synthetic slices of {generator.name}."
         )
         rows = _examples(generator.training, generator.synthetic)
         figure = figures.picture_pairs(rows, "Real (training split)", f"Synthetic ({generator.name})")
-        yield _save(folder, f"examples-{generator.name}", caption, figures.to_png(figure))
+        yield _save(folder, f"examples-{generator.name}", caption, to_png(figure))
         caption = (
             f"The synthetic slices of {generator.name} with the largest correlation r, each beside its nearest "
             "training slice; below, for comparison, the held-out slices with the largest r."
         )
         figure = figures.picture_pairs(_nearest(generator), "Synthetic or held-out", "Nearest training slice")
-        yield _save(folder, f"nearest-{generator.name}", caption, figures.to_png(figure))
+        yield _save(folder, f"nearest-{generator.name}", caption, to_png(figure))
 
 
 def _save(folder: Path, name: str, caption: str, light: bytes, dark: bytes | None = None) -> Picture:

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from metrics.statistics import (
+    bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
     bootstrap_share_above,
@@ -43,6 +44,15 @@ def test_ratio_resamples_patients_with_both_values():
     assert [interval.low, interval.high] == pytest.approx(np.percentile(ratios, [2.5, 97.5]), abs=1e-14)
     unpaired = bootstrap_ratio(A, B[::-1], n_resamples=400, seed=5)
     assert unpaired.high - unpaired.low > 3 * (interval.high - interval.low)
+
+
+def test_difference_is_that_of_paired_means():
+    indices = np.random.default_rng(5).integers(0, 25, (400, 25))
+    differences = [(B - A)[row].mean() for row in indices]
+    interval = bootstrap_difference(A, B, n_resamples=400, seed=5)
+    assert interval.estimate == pytest.approx((B - A).mean(), abs=1e-15)
+    assert [interval.low, interval.high] == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=1e-14)
+    assert np.isnan([bootstrap_difference(A[:2], B[:2]).low, bootstrap_difference([], []).estimate]).all()
 
 
 def test_interval_covers_the_true_mean_about_as_often_as_it_says():
