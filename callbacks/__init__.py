@@ -4,11 +4,14 @@ from callbacks.atomic_checkpoint import AtomicCheckpointIO
 from callbacks.dice import Dice
 from callbacks.ema import EMA
 from callbacks.equivariance import Equivariance
+from callbacks.evaluation import Evaluation
 from callbacks.image_grid import ImageGrid
+from callbacks.label_maps import LabelMaps
 from callbacks.memorization import Memorization
 from callbacks.posthoc_ema import PosthocEMA
 from callbacks.reconstruction import Reconstruction
 from callbacks.run_record import RunRecord
+from callbacks.sensitivity import Sensitivity
 from callbacks.synthetic_dataset import SyntheticDataset
 
 __all__ = [
@@ -16,10 +19,13 @@ __all__ = [
     "AtomicCheckpointIO",
     "Dice",
     "Equivariance",
+    "Evaluation",
     "ImageGrid",
+    "LabelMaps",
     "Memorization",
     "PosthocEMA",
     "Reconstruction",
     "RunRecord",
+    "Sensitivity",
     "SyntheticDataset",
 ]

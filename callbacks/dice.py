@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.image_grid import show
 from datamodules.pictures import overlay, tile
+from datamodules.slice_dataset import JoinedSlices
 from datamodules.slice_set import SliceSet, to_display, write_atomically
 from lightning_modules.base import log_epoch
 from metrics.segmentation import COUNTS, ENTITIES, PatientDice, mean_over_patients
@@ -36,7 +37,7 @@ class Dice(Callback):
 
     def _start(self, trainer: Trainer, stage: Stage) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.set: SliceSet = datamodule.real_val if stage == "val" else datamodule.real_test
+        self.set: JoinedSlices | SliceSet = datamodule.validation_slices if stage == "val" else datamodule.real_test
         self.metric = PatientDice(len(self.set.patients), self.empty).to(trainer.lightning_module.device)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

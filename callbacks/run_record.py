@@ -13,8 +13,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from datamodules.signatures import SAME_PATIENT
 from datamodules.slice_set import write_atomically
 from lightning_modules.autoencoder import Autoencoder
+from lightning_modules.copy_detection import CopyDetector
 from lightning_modules.image_generator import ImageGenerator
 
 PACKAGES = ("standin", "torch", "lightning", "monai", "torchmetrics", "numpy")
@@ -89,13 +91,20 @@ class RunRecord(Callback):
                     "slices": len(part),
                     "patients": len(part.patients) if part.manifest.kind == "real" else None,
                     "fingerprint": part.manifest.fingerprint,
+                    "share_of_images": round(share, 6),
+                    "drawn": drawn,
                 }
-                for part in datamodule.training_sets
+                for part, share, drawn in zip(
+                    datamodule.training_sets, datamodule.mixture.shares_of_parts(), datamodule.drawn, strict=True
+                )
             ],
+            "patients_seen": datamodule.patients_seen,
             "real_set": {"root": str(datamodule.root), "fingerprint": datamodule.real.manifest.fingerprint},
             "held_out_split": "val" if len(datamodule.real_val) else "test",
+            "model_selection": {"validation": datamodule.validation, "slices": len(datamodule.validation_slices)},
             "validation_patients": datamodule.val_patients,
             "test_patients": datamodule.test_patients,
+            "leak_guard": {"closest_images": datamodule.guard.closest, "same_patient_up_to": SAME_PATIENT},
             "command": sys.argv,
             "processes": trainer.world_size,
             "precision": str(trainer.precision),
@@ -111,7 +120,8 @@ class RunRecord(Callback):
 def _kind(module: LightningModule) -> str:
     if isinstance(module, ImageGenerator):
         return "generator"
-    return "autoencoder" if isinstance(module, Autoencoder) else "segmenter"
+    kinds = {Autoencoder: "autoencoder", CopyDetector: "copy_detector"}
+    return next((kind for rule, kind in kinds.items() if isinstance(module, rule)), "segmenter")
 
 
 def _networks(module: LightningModule) -> str:

@@ -162,7 +162,7 @@ class SyntheticDataset(Callback):
             "generator": f"{type(pl_module).__module__}.{type(pl_module).__name__}",
             "hyperparameters": self.hyperparameters,
             "images_seen": getattr(pl_module, "images_seen", 0),
-            "patients_seen": datamodule.patients_seen,
+            **datamodule.seen.as_json(),
             "trained_on": [part.manifest.fingerprint for part in datamodule.training_sets],
             "filtered": "nothing",
             "standin_version": version("standin"),

@@ -26,6 +26,7 @@ import pandas as pd
 
 from datamodules.checks import Check, FaultyInputError, check_across, check_volume, input_sha256
 from datamodules.layouts import Fault, Volume, find_volumes, read_nifti, read_volume
+from datamodules.native_space import describe_file
 from datamodules.parallel import available_cores, run_in_processes
 from datamodules.shards import ShardWriter
 from datamodules.slice_set import (
@@ -41,6 +42,8 @@ from datamodules.splits import SPLITS, Division, check_fractions, divide
 
 CHECKS_VERSION = 1
 """Raised when a check is added, so that records of passed checks are made again."""
+CONVERSION_VERSION = 2
+"""Raised when a conversion gives something else than before, so that unfinished ones of before are made again."""
 _AXES = (
     "Slices are axial; z counts from 0 along the third axis (towards superior). The first image axis points to the "
     "left of the patient, the second to posterior, as in the files of BraTS; other volumes were turned by their affine."
@@ -133,6 +136,8 @@ def prepare(
             "software": f"standin {_version()}",
             "request": request,
         }
+        for table in sorted(path for path in root.rglob("*.csv") if "mapping" in path.name.lower()):
+            write_atomically(out / table.name, table.read_bytes())  # other names of the patients, for the leak guard
         finish_slice_set(out, index, description)
     shutil.rmtree(out / ".work")
     _logger.info("%s: %d slices of %d patients.", out, len(index), len(patients))
@@ -245,6 +250,10 @@ def _is_finished(
             f"{'(and more) ' if len(differing) > 5 else ''}changed, came or went since. Choose another folder."
         )
     _write_json(out / ".input.json", listing)
+    if not all("native" in entry for entry in content["volumes"]):  # finished by a version that did not record it
+        found = {volume.volume: volume for volume in volumes}
+        entries = [{**entry, "native": _native(found[entry["volume"]])} for entry in content["volumes"]]
+        _write_json(out / "dataset.json", {**content, "volumes": entries})
     if (out / ".work").is_dir():
         shutil.rmtree(out / ".work")
     return True
@@ -299,13 +308,15 @@ def _convert(job: _Job, work: Path) -> dict[str, Any]:
     """Write the slices of one volume and give its row of the manifest."""
     volume = job.volume
     path = work / "volumes" / f"{volume.volume}.npy"
+    key = {"version": CONVERSION_VERSION, "input_sha256": job.input_sha256}
     record = _read_json(path.with_suffix(".json"))
-    if record is not None and record["input_sha256"] == job.input_sha256 and path.is_file():
-        return record
+    if record is not None and record.get("key") == key and path.is_file():
+        entry: dict[str, Any] = record["entry"]
+        return entry
     images, labels, _ = read_volume(volume)
     result = slice_volume(images, labels, job.preset, job.size_px)
     save_shard(path, result.slices)
-    record = {
+    entry = {
         "volume": volume.volume,
         "patient": volume.patient,
         "layout": volume.layout,
@@ -314,11 +325,16 @@ def _convert(job: _Job, work: Path) -> dict[str, Any]:
         "tumour_voxels_kept": result.tumour_voxels_kept,
         "tumour_voxels_dropped": result.tumour_voxels_dropped,
         "white_level": dict(result.white_level),
+        "native": _native(volume),
         "input_sha256": job.input_sha256,
         "z": result.z.tolist(),
     }
-    _write_json(path.with_suffix(".json"), record)
-    return record
+    _write_json(path.with_suffix(".json"), {"key": key, "entry": entry})
+    return entry
+
+
+def _native(volume: Volume) -> dict[str, Any]:
+    return asdict(describe_file(volume.segmentation, volume.label_codes))
 
 
 def _assemble(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,8 @@ class StreamOrder:
     looked up without going through those before it.
     """
 
-    def __init__(self, n: int, seed: int) -> None:
-        self.n, self.seed = n, seed
+    def __init__(self, n: int, seed: int | tuple[int, ...]) -> None:
+        self.n, self.seed = n, seed if isinstance(seed, tuple) else (seed,)
         self._pass, self._order = -1, np.empty(0, np.int64)
 
     def __call__(self, positions: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -58,9 +59,56 @@ class StreamOrder:
         for i, position in enumerate(positions):
             number, offset = divmod(position, self.n)
             if number != self._pass:
-                self._pass, self._order = number, np.random.default_rng((self.seed, number)).permutation(self.n)
+                self._pass, self._order = number, np.random.default_rng((*self.seed, number)).permutation(self.n)
             out[i] = self._order[offset]
         return out
+
+
+class MixedOrder:
+    """Which slice stands at a position of a stream that mixes groups of slices, each with a share of every batch.
+
+    A batch has its exact share of each group, to the next whole slice, and any number of batches too. Within a group,
+    slices come in endless shuffled passes. Everything follows from the seed and the position, so neither the number of
+    processes nor an interruption enters.
+
+    Args:
+        groups: row numbers of the slices of each group; groups may overlap, and a row may be there several times.
+        shares: of the groups, adding up to 1.
+        batch_size: images of a batch over all ranks; where in it the groups stand is shuffled.
+        seed: of everything.
+    """
+
+    def __init__(
+        self, groups: Sequence[npt.NDArray[np.int64]], shares: Sequence[float], batch_size: int, seed: int
+    ) -> None:
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.orders = [StreamOrder(len(rows), (seed, number + 1)) for number, rows in enumerate(groups)]
+        exact = [Fraction(share).limit_denominator(1_000_000) for share in shares]
+        # The share of a group among those that follow it; whole numbers, so that no rounding error adds up.
+        self._of_rest = [share / sum(exact[number:]) for number, share in enumerate(exact)]
+        self._batch, self._places = -1, np.empty(0, np.int64)
+
+    def __call__(self, positions: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Look positions up: row numbers."""
+        out = np.empty(len(positions), np.int64)
+        for i, position in enumerate(positions):
+            group, place = self._place(position)
+            out[i] = self.groups[group][self.orders[group]([place])[0]]
+        return out
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Say which group has its turn at a position, and the how-manieth slice of that group it is."""
+        batch, offset = divmod(position, self.batch_size)
+        if batch != self._batch:
+            shuffled = np.random.default_rng((self.seed, 0, batch)).permutation(self.batch_size)
+            self._batch, self._places = batch, shuffled
+        place = batch * self.batch_size + int(self._places[offset])
+        for group, share in enumerate(self._of_rest):
+            before = place * share.numerator // share.denominator  # slices of the group at the places before
+            if (place + 1) * share.numerator // share.denominator > before:
+                return group, before
+            place -= before
+        raise AssertionError("The last group takes what is left.")
 
 
 def volume_batches(index: pd.DataFrame, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:

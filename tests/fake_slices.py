@@ -40,7 +40,16 @@ def write_slice_set(root: Path, size_px: int = 16, slices_per_patient: int = 6, 
     for number, part in enumerate(np.array_split(everything, shards)):
         save_shard(root / f"slices-{number:05d}.npy", part)
     table = pd.concat([pd.DataFrame(index), class_pixels(everything[:, 4])], axis=1)
-    finish_slice_set(root, table, {"kind": "real", "spacing_mm": 1.0})
+    native = {
+        "shape": [size_px, size_px, slices_per_patient + 2],
+        "axes": "LPS",
+        "affine": np.diag([-1.0, -1.0, 1.0, 1.0]).tolist(),
+        "qform_code": 1,
+        "sform_code": 1,
+        "label_codes": [0, 1, 2, 4],
+    }
+    volumes = [{"volume": f"P{patient}", "layout": "BraTS 2021", "native": native} for patient in range(len(split))]
+    finish_slice_set(root, table, {"kind": "real", "spacing_mm": 1.0, "downsampling": 1, "volumes": volumes})
     return root
 
 
@@ -66,6 +75,18 @@ _GROWING = [
     "--model.growing.transition_kimg=0.048",  # 48 images end in the middle of a fade-in
     "--model.growing.minibatch={4: 16, 8: 8, 16: 8}",
 ]
+_TRANSFORMER = ("depths=[1, 1, 1, 1]", "num_heads=[1, 1, 2, 2]", "window_size=2")
+SEGMENTERS = {
+    "DynUNet": (
+        *("kernel_size=[3, 3, 3]", "strides=[1, 2, 2]", "upsample_kernel_size=[2, 2]", "filters=[4, 6, 8]"),
+        "deep_supr_num=1",
+    ),
+    "SwinUPerNet": (*_TRANSFORMER, "embed_dim=4", "patch_size=2", "head_channels=8", "auxiliary_channels=8"),
+    "SwinUNETR": (*_TRANSFORMER, "feature_size=12"),
+    "SegResNet": ("init_filters=8", "blocks_down=[1, 1]", "blocks_up=[1]"),
+    "UNet": ("channels=[4, 6, 8]", "strides=[2, 2]", "num_res_units=1"),
+}
+COPY_DETECTOR = [f"--model.{word}" for word in ("widths=[8, 16]", "blocks=1", "embedding_width=12", "norm_groups=2")]
 AUTOENCODER = [f"--model.{word}" for word in ("widths=[4, 8]", "res_blocks=1", "norm_groups=2")]
 _STYLE3 = [*_STYLE, "--model.generator.init_args.num_layers=4", "--model.r1_interval=2"]
 GENERATORS = {
@@ -117,11 +138,12 @@ def shrunk(config: Path, run_dir: Path, slices: Path) -> list[str]:
     common = ["--data.batch_size=8", "--data.epoch_images=8", "--data.num_workers=0", "--trainer.max_epochs=1"]
     start = [f"--config={config}", f"--run_dir={run_dir}", f"--data.root={slices}"]
     if "SegmentationModule" in text:
-        small = ("kernel_size=[3, 3, 3]", "strides=[1, 2, 2]", "upsample_kernel_size=[2, 2]", "filters=[4, 6, 8]")
-        own = [f"--model.network.init_args.{word}" for word in (*small, "deep_supr_num=1")]
-        return [*start, *own, *common]
+        small = next(words for name, words in SEGMENTERS.items() if f".{name}" in text)
+        return [*start, *(f"--model.network.init_args.{word}" for word in small), *common]
     if "autoencoder.Autoencoder" in text:
         return [*start, *AUTOENCODER, *common]
+    if "CopyDetector" in text:
+        return [*start, *COPY_DETECTOR, *common]
     words = _STYLE
     if "growing:" in text:
         words = [*_GROWN, "--model.growing.img_resolution=16", "--model.growing.minibatch={4: 8, 8: 8, 16: 4}"]
@@ -137,7 +159,11 @@ def shrunk(config: Path, run_dir: Path, slices: Path) -> list[str]:
 # A server that has imported everything forks the training processes, so that each begins at once.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["train", "callbacks", *(f"lightning_modules.{name}" for name in ("stylegan1", "progressive_gan", "diffusion"))]
+    [
+        "train",
+        "callbacks",
+        *(f"lightning_modules.{name}" for name in ("stylegan1", "progressive_gan", "diffusion", "copy_detection")),
+    ]
 )
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datamodules.samplers import StreamOrder, StreamSampler, volume_batches
+from datamodules.samplers import MixedOrder, StreamOrder, StreamSampler, volume_batches
 
 
 def test_stream_shows_every_slice_equally_often():
@@ -18,6 +18,43 @@ def test_stream_shows_every_slice_equally_often():
 
 def test_a_position_can_be_looked_up_without_those_before_it():
     assert StreamOrder(7, seed=1)([16])[0] == StreamOrder(7, seed=1)(range(21))[16]
+
+
+def mixed(seed=0, batch_size=8):
+    groups = [np.arange(5), np.arange(5, 25), np.arange(25, 28)]
+    return MixedOrder(groups, [0.25, 0.625, 0.125], batch_size, seed)
+
+
+def test_every_batch_has_the_share_of_each_group():
+    seen = mixed()(range(80 * 8)).reshape(80, 8)
+    counts = np.stack([(seen < 5).sum(1), ((seen >= 5) & (seen < 25)).sum(1), (seen >= 25).sum(1)])
+    assert (counts == [[2], [5], [1]]).all()
+    places = np.flatnonzero(seen.ravel() < 5) % 8
+    assert set(places) == set(range(8))  # and so all ranks get slices of all groups
+
+
+@pytest.mark.parametrize("share", [0.05, 1 / 3, 0.9])
+def test_shares_that_do_not_divide_the_batch_hold_over_many(share):
+    order = MixedOrder([np.arange(3), np.arange(3, 10)], [share, 1 - share], batch_size=7, seed=1)
+    first = (order(range(700)) < 3).reshape(100, 7).sum(1)
+    assert set(first.tolist()) <= {int(7 * share), int(7 * share) + 1}
+    assert (np.abs(first.cumsum() - 7 * share * np.arange(1, 101)) < 1).all()
+
+
+def test_slices_of_a_group_come_equally_often():
+    seen = mixed()(range(160))  # 40, 100 and 20 of the groups: 8, 5 and 6 2/3 passes
+    assert Counter(seen[seen < 5].tolist()) == dict.fromkeys(range(5), 8)
+    assert Counter(seen[(seen >= 5) & (seen < 25)].tolist()) == dict.fromkeys(range(5, 25), 5)
+    assert set(Counter(seen[seen >= 25].tolist()).values()) <= {6, 7}
+
+
+def test_a_mixture_depends_on_seed_and_position_alone():
+    whole = mixed()(range(200))
+    positions = [171, 3, 100, 4, 199]
+    assert mixed()(positions).tolist() == whole[positions].tolist()
+    assert mixed(seed=1)(range(200)).tolist() != whole.tolist()
+    ranks = [mixed()(range(rank, 200, 2)) for rank in (0, 1)]
+    assert np.stack(ranks, axis=1).ravel().tolist() == whole.tolist()
 
 
 def test_epochs_follow_each_other_and_ranks_share_each_batch():
