@@ -118,7 +118,7 @@ def main(
     floor = float(frechet_distance(reference, features(segmenter, test, count)))
     sys.stdout.write(f"{images} images; Fréchet distance of {count} slices to the training slices\n")
     sys.stdout.write(f"{'':22}{'evaluations':>12}{'images/s':>10}{'Fréchet':>9}{'Dice':>7}{'to real':>9}\n")
-    sys.stdout.write(f"{'real':22}{'':>12}{'':>10}{floor:9.2f}{real_dice:7.3f}{1:9.3f}\n")
+    sys.stdout.write(f"{'real':22}{'':>12}{'':>10}{floor:9.4f}{real_dice:7.3f}{1:9.3f}\n")
     begin = emit("start of the program", configuration, run / "checkpoints/last.ckpt", slices, out / "start", images)
     for name in samplers or list(SAMPLERS)[1:]:
         folder = out / name.replace(" ", "-")
@@ -127,7 +127,7 @@ def main(
         dice = segment(out / f"unet-{folder.name}", slices, folder / "synthetic", words)
         rate = images / max(seconds - begin, 1e-9)
         evaluations = SAMPLERS[name][2]
-        sys.stdout.write(f"{name:22}{evaluations:12}{rate:10.3f}{distance:9.2f}{dice:7.3f}{dice / real_dice:9.3f}\n")
+        sys.stdout.write(f"{name:22}{evaluations:12}{rate:10.3f}{distance:9.4f}{dice:7.3f}{dice / real_dice:9.3f}\n")
         sys.stdout.flush()
 
 
