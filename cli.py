@@ -73,6 +73,12 @@ COMMANDS = {
         "standin compare '{real: [runs/r-0, runs/r-1], synthetic: [runs/s-0, runs/s-1]}' --out comparison",
         takes_list=True,
     ),
+    "memorization": Command(
+        "evaluation.memorization",
+        "memorization",
+        "find the nearest training slices of every synthetic slice, beside what is by chance",
+        "standin memorization runs/stylegan2/synthetic data/brats2021 runs/stylegan2/nearest",
+    ),
     "report": Command(
         "study.report",
         "report",

@@ -5,8 +5,10 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 
-import metrics.memorization as memorization
-from metrics.memorization import largest_correlation
+from metrics import correlation_search, exact_product
+from metrics.correlation_search import Search
+from metrics.memorization import largest_correlation, memorization_scores, memorization_view, paint_background
+from metrics.pixels import Pixels
 
 
 def images(n, channels=4, height=9, width=16, seed=0, low=0, high=256):
@@ -34,30 +36,31 @@ def test_largest_of_all_pearson_correlations_as_scipy_computes_them():
     assert found.r.dtype == torch.float64
 
 
-def test_the_result_does_not_depend_on_the_blocks_bit_for_bit():
+def test_the_result_does_not_depend_on_the_blocks_bit_for_bit(monkeypatch):
     queries, references = images(13, seed=3), images(40, seed=4)
     groups = torch.arange(13) % 5, torch.arange(40) % 5
     kwargs = {"query_groups": groups[0], "reference_groups": groups[1], "mirror_axis": -2}
     whole = largest_correlation(queries, [references], **kwargs)
-    for block, rows in ((1, 1), (7, 4), (39, 13)):
-        assert same(largest_correlation(queries, references.split(block), query_rows=rows, **kwargs), whole)
+    for block, rows in ((1, 3), (7, 4), (39, 13)):
+        monkeypatch.setattr(correlation_search, "TILE", {"cpu": (rows, 5)})
+        assert same(largest_correlation(queries, references.split(block), **kwargs), whole)
 
 
-def test_float64_and_int8_products_give_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("product", ["_float32", "_float64"])
+def test_other_products_than_int8_give_the_same_bits(monkeypatch, product):
     queries, references = images(5, seed=5), images(9, seed=6)
     queries[0], references[0] = 0, 255
     queries[0, :, 0, 0], references[0, :, 0, 0] = 255, 0  # the extremes of int8
     fast = largest_correlation(queries, [references])
-    monkeypatch.setattr(memorization, "_int8_is_exact", lambda device: False)
+    monkeypatch.setattr(exact_product, "_fastest", lambda device: getattr(exact_product, product))
     assert same(largest_correlation(queries, [references]), fast)
 
 
 def test_products_longer_than_int32_can_hold_are_split(monkeypatch):
-    monkeypatch.setattr(memorization, "INT32_SAFE_LENGTH", 10)
     queries, references = images(3, seed=7), images(4, seed=8)
-    split = largest_correlation(queries, [references])
-    monkeypatch.undo()
-    assert same(split, largest_correlation(queries, [references]))
+    whole = largest_correlation(queries, [references])
+    monkeypatch.setattr(exact_product, "INT32_SAFE_LENGTH", 10)
+    assert same(largest_correlation(queries, [references]), whole)
 
 
 def test_an_exact_copy_is_told_from_a_copy_with_one_pixel_changed_by_one():
@@ -135,9 +138,9 @@ def test_a_mirrored_copy_is_found_and_named(axis):
 
 def test_types_shapes_and_groups_that_do_not_fit_are_refused():
     slices = images(3)
-    with pytest.raises(ValueError, match=r"queries uint8 \(Q, C, H, W\).*float32"):
+    with pytest.raises(ValueError, match=r"images uint8 \(N, C, H, W\).*float32"):
         largest_correlation(slices.float(), [slices])
-    with pytest.raises(ValueError, match=r"reference blocks uint8 \(B, 4, 9, 16\)"):
+    with pytest.raises(ValueError, match=r"references \(B, 4, 9, 16\)"):
         largest_correlation(slices, [slices[:, :, :8]])
     with pytest.raises(ValueError, match=r"of both"):
         largest_correlation(slices, [slices], query_groups=torch.arange(3))
@@ -146,3 +149,69 @@ def test_types_shapes_and_groups_that_do_not_fit_are_refused():
             largest_correlation(slices, [slices], query_groups=torch.arange(3), reference_groups=torch.arange(n))
     with pytest.raises(ValueError, match=r"mirror_axis"):
         largest_correlation(slices, [slices], mirror_axis=1)
+
+
+def heads(n, seed):
+    """Slices with a dark noisy background: modalities 0..255, label 0..3."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(20, 256, (n, 5, 12, 14), dtype=torch.uint8, generator=generator)
+    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(14), indexing="ij")
+    for k in range(n):
+        outside = (rows - 5.5 - k % 3).square() + (columns - 6.5).square() > 25
+        x[k] = torch.where(outside, x[k] % 6, x[k])
+    x[:, 4] %= 4
+    return x
+
+
+def painted(image):
+    """As the definition says it, in float64: (4, H, W)."""
+    image = image.double()
+    brain = image.amax(dim=0) > 5
+    mean = torch.floor(image[:, brain].mean(dim=1) + 0.5)
+    return torch.where(brain, image, mean[:, None, None])
+
+
+def test_outside_the_brain_every_modality_takes_the_mean_of_the_brain():
+    slices = heads(6, seed=18)
+    slices[5] = 5  # no brain
+    found = paint_background(slices[:, :4])
+    for image, ours in zip(slices[:5, :4], found, strict=False):
+        assert torch.equal(ours.double(), painted(image))
+    assert not found[5].any()
+
+
+def test_every_score_is_what_its_name_says():
+    queries, references = heads(3, seed=19), heads(7, seed=20)
+    scores = memorization_scores(["T1", "T1ce", "T2", "FLAIR"])
+    search = Search(Pixels.of(queries, view=memorization_view), scores)
+    search.compare(Pixels.of(references, view=memorization_view), 0)
+    found = dict(zip((score.name for score in scores), search.nearest.value[..., 0].numpy(), strict=True))
+    assert len(found) == 18
+    for i, query in enumerate(queries):
+        expected = {name: [] for name in found}
+        for reference in references:
+            pair = [t.double() * torch.tensor([1, 1, 1, 1, 85])[:, None, None] for t in (query, reference)]
+            images_of = {"": pair, "brain ": [painted(query[:4]), painted(reference[:4])], "distance ": pair}
+            for kind, (x, y) in images_of.items():
+                parts = {name: [c] for c, name in enumerate(("T1", "T1ce", "T2", "FLAIR"))}
+                parts |= {"all": [0, 1, 2, 3], "label": [4], "all + label": [0, 1, 2, 3, 4]}
+                for name, channels in parts.items():
+                    if kind + name in expected:
+                        a, b = x[channels].flatten(), y[channels].flatten()
+                        r = pearsonr(a, b).statistic
+                        expected[kind + name].append(-((a - b) ** 2).sum().item() if kind == "distance " else r)
+        for name, values in expected.items():
+            assert found[name][i] == pytest.approx(max(values), rel=0, abs=1e-13), name
+
+
+def test_within_the_brain_the_outline_counts_for_nothing():
+    """Two unrelated heads of one outline: near over the whole image, far within the brain."""
+    x, y = heads(1, seed=21), heads(1, seed=22)
+    scores = [
+        score for score in memorization_scores(["T1", "T1ce", "T2", "FLAIR"]) if score.name in ("all", "brain all")
+    ]
+    search = Search(Pixels.of(x, view=memorization_view), scores)
+    search.compare(Pixels.of(y, view=memorization_view), 0)
+    whole, brain = search.nearest.value[:, 0, 0].tolist()
+    assert whole > 0.6
+    assert abs(brain) < 0.1

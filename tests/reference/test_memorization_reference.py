@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from metrics.correlation_search import Search
+from metrics.exact_product import exact_product
 from metrics.memorization import largest_correlation, summarize
+from metrics.pixels import IDENTITY, Pixels, Score, Transform, flips_and_shifts
+from metrics.similarity import Distance, Pearson
 
 LEFT_RIGHT_AXIS_OF_THE_FILE = -1
 NEEDED = {"real", "synthetic", "r_all_channels", "r_per_channel", "max_r_all_channels", "nn_all_channels"}
@@ -103,3 +107,69 @@ def test_r_follows_from_the_exact_integer_sums_of_the_file(pearson_file):
     for position in range(len(real)):
         found = largest_correlation(synthetic, [real[position : position + 1]])
         np.testing.assert_allclose(found.r_channel.numpy(), r[:, position], rtol=0, atol=5e-16)
+
+
+def search(queries, references, measure, k, transforms=(IDENTITY,)):
+    """The nearest over all channels: value, index and transform, (Q, k) each."""
+    channels = tuple(range(queries.shape[1]))
+    run = Search(Pixels.of(queries), [Score("all", channels, measure)], k, transforms)
+    for start in range(0, len(references), 17):
+        run.compare(Pixels.of(references[start : start + 17]), start)
+    return run.nearest.value[0], run.nearest.index[0], run.nearest.transform[0]
+
+
+def test_products_and_sums_are_the_integers_of_the_file(pearson_file):
+    z, real, synthetic = load(pearson_file)
+    x, y = Pixels.of(synthetic), Pixels.of(real)
+    n = real[0, 0].numel()
+    for c in range(real.shape[1]):
+        # The file sums raw values; with u = value - 128 and v likewise, x y = u v + 128 (u + v) + 128^2.
+        product = exact_product(x.values[c].flatten(1), y.values[c].flatten(1)).long()
+        product += 128 * (x.total[c][:, None] + y.total[c]) + n * 128**2
+        np.testing.assert_array_equal(product.numpy(), z["integer_dot_per_channel"][..., c])
+        for pixels, name in ((x, "synthetic"), (y, "real")):
+            total = pixels.total[c] + 128 * n
+            square = pixels.square[c] + 256 * pixels.total[c] + n * 128**2
+            np.testing.assert_array_equal(total.numpy(), z[f"integer_sum_{name}"][:, c])
+            np.testing.assert_array_equal(square.numpy(), z[f"integer_sumsq_{name}"][:, c])
+
+
+def test_all_training_slices_in_the_order_of_their_correlation(pearson_file):
+    z, real, synthetic = load(pearson_file)
+    r, index, _ = search(synthetic, real, Pearson(), len(real))
+    expected = z["r_all_channels"]
+    for ours, order, theirs in zip(r.numpy(), index.numpy(), expected, strict=True):
+        if np.isnan(theirs).all():
+            assert (order == -1).all()
+            continue
+        np.testing.assert_allclose(ours, -np.sort(-theirs), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(theirs[order], ours, rtol=0, atol=1e-12)
+
+
+def test_distances_and_the_adaptive_ratio(pearson_file):
+    z, real, synthetic = load(pearson_file)
+    k = int(z["adaptive_k"])
+    value, index, _ = search(synthetic, real, Distance(), k)
+    rms = (-value / real[0].numel()).sqrt().numpy() / 255
+    ordered = np.sort(z["rms_l2"], axis=1)[:, :k]
+    np.testing.assert_allclose(rms, ordered, rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(index[:, 0].numpy(), z["nn_rms_l2"])
+    ratio = rms[:, 0] / (z["adaptive_alpha"] * rms.mean(axis=1))
+    np.testing.assert_allclose(ratio, z["adaptive_ratio"], rtol=0, atol=1e-14)
+
+
+def test_planted_copies_are_found_under_flips_and_shifts(pearson_file):
+    z, real, synthetic = load(pearson_file)
+    transforms = flips_and_shifts(LEFT_RIGHT_AXIS_OF_THE_FILE, 3)
+    r, index, transform = (t[:, 0] for t in search(synthetic, real, Pearson(), 1, transforms))
+    plain = z["max_r_all_channels"]
+    expected = {"exact_copy": IDENTITY, "left_right_flip": Transform(LEFT_RIGHT_AXIS_OF_THE_FILE)}
+    for kind, change in {**expected, "shift_3px": None}.items():
+        for i in np.flatnonzero(z["synthetic_kind"] == kind):
+            assert index[i] == z["synthetic_source"][i]
+            assert r[i] == pytest.approx(1.0, abs=1e-9)
+            found = transforms[transform[i]]
+            assert found == change or (change is None and max(map(abs, found.shift_px)) == 3)
+            assert plain[i] < 1 - 1e-3 or kind == "exact_copy"
+    defined = ~np.isnan(plain)
+    assert (r.numpy()[defined] >= plain[defined] - 1e-12).all()
