@@ -24,7 +24,7 @@ TILE = {"cpu": (2048, 512), "cuda": (4096, 4096)}
 STRIPE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Bounds computed at a time: on a CPU what the second cache holds."""
 MANY = 16
-"""References that may still be among the nearest of a query, on average, from which on its k-th best is raised first."""
+"""References that may still be near enough, per query, from which on it is cheaper to raise the k-th best first."""
 
 
 class Search:
@@ -65,6 +65,7 @@ class Search:
         self._rows = RowTerms.stack([score.measure.row_terms(x) for score, x in zip(scores, self._x, strict=True)])
         self._buffers: dict[str, Tensor] = {}
 
+    @torch.inference_mode()
     def compare(self, references: Pixels, first: int) -> None:
         """Compare all queries with a block of references, the first of which has position `first` in the whole set.
 
