@@ -113,15 +113,16 @@ class Search:
             make_upper_bounds(bounds, row_terms[part], columns)
             if same_group is not None:
                 bounds.masked_fill_(same_group[part], -torch.inf)
-            s, i = (bounds.amax(dim=2) >= bars[:, part]).nonzero(as_tuple=True)
-            if not len(s):
+            active = (bounds.amax(dim=2) >= bars[:, part]).flatten().nonzero()[:, 0]
+            if not len(active):
                 continue
-            bounds, i = bounds[s, i], i + start  # (A, B)
-            kth, hits = values[s, i, -1], bounds >= bars[s, i, None]
-            if int(hits.sum()) > MANY * len(s):
+            s, i = active // bounds.shape[1], active % bounds.shape[1] + start
+            bounds = bounds.flatten(0, 1).index_select(0, active)  # (A, B)
+            kth = values[s, i, -1]
+            a, j = (bounds >= bars[s, i, None]).nonzero(as_tuple=True)
+            if len(a) > MANY * len(s):
                 kth = self._kth_best(products, x, y, s, i, bounds, values[s, i], indices[s, i] - first)
-                hits = bounds >= row_terms[s, i].bar(kth)[:, None]
-            a, j = hits.nonzero(as_tuple=True)
+                a, j = (bounds >= row_terms[s, i].bar(kth)[:, None]).nonzero(as_tuple=True)
             found.append((s[a], i[a], j, kth[a]))
         if not found:
             return
