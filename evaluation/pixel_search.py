@@ -31,7 +31,7 @@ from metrics.correlation_search import STRIPE_BYTES, TILE, Search
 from metrics.memorization import memorization_scores, memorization_view
 from metrics.nearest import Nearest
 from metrics.pixel_loader import PixelLoader
-from metrics.pixels import CHUNK_BYTES, Pixels, Transform, flips_and_shifts
+from metrics.pixels import CHUNK_BYTES, Pixels, Score, Transform, flips_and_shifts
 from metrics.similarity import Distance
 
 Floats = npt.NDArray[np.float64]
@@ -179,31 +179,27 @@ def search_slices(
     return pd.concat(parts, ignore_index=True)
 
 
-def pixel_detector(training: SliceSet, score: str, search: PixelSearch) -> Callable[[Slices], Floats]:
-    """Make a function that says how near slices, uint8 (N, 5, H, W), come to any training slice: float64 (N,).
+def pixel_values(training: SliceSet, search: PixelSearch) -> Callable[[Slices], pd.DataFrame]:
+    """Make a function that says how near slices, uint8 (N, 5, H, W), come to any training slice.
+
+    Its tables have a row per slice and a column per score: r, or the root mean square difference; NaN without any.
 
     Args:
         training: the slices to compare with.
-        score: a name of `memorization_scores`: the value is r, or minus the squared distance; NaN without any.
         search: how; its k does not matter.
-
-    Raises:
-        ValueError: if there is no such score.
     """
-    scores = {one.name: one for one in memorization_scores(MODALITIES)}
-    if score not in scores:
-        raise ValueError(f"score={score}: expected one of {', '.join(scores)}.")
+    scores = memorization_scores(MODALITIES)
     loader = PixelLoader(training, memorization_view, search.where)
 
-    def nearest(slices: Slices) -> Floats:
+    def values(slices: Slices) -> pd.DataFrame:
         queries = Pixels.of(torch.from_numpy(slices).to(search.where), view=memorization_view)
-        run = Search(queries, [scores[score]], 1, search.transforms)
-        for first, block in loader.blocks(_divide(search, loader, 1, len(slices)).block):
+        run = Search(queries, scores, 1, search.transforms)
+        for first, block in loader.blocks(_divide(search, loader, len(scores), len(slices)).block):
             run.compare(block, first)
-        value = run.nearest.value[0, :, 0]
-        return value.masked_fill(value == -torch.inf, torch.nan).cpu().numpy()
+        value = np.where(run.nearest.index.cpu() < 0, np.nan, _in_units(run.nearest, scores, training))
+        return pd.DataFrame(value[..., 0].T, columns=[score.name for score in scores])
 
-    return nearest
+    return values
 
 
 @dataclass(frozen=True)
@@ -280,11 +276,7 @@ def _read_state(file: Path) -> tuple[Nearest, int]:
 
 def _table(nearest: Nearest, first: int, training: SliceSet, search: PixelSearch) -> pd.DataFrame:
     scores = memorization_scores(MODALITIES)
-    height, width = training.manifest.size_px
-    value = nearest.value.numpy().copy()
-    for number, score in enumerate(scores):
-        if isinstance(score.measure, Distance):
-            value[number] = np.sqrt(-value[number] / (len(score.channels) * height * width))
+    value = _in_units(nearest, scores, training)
     which, query, rank = (i.ravel() for i in np.indices(value.shape))
     index, transform = nearest.index.numpy().ravel(), nearest.transform.numpy().ravel()
     found = index >= 0
@@ -307,3 +299,13 @@ def _table(nearest: Nearest, first: int, training: SliceSet, search: PixelSearch
     )
     table = table.loc[found | (rank == 0)]
     return table.sort_values(["position", "score", "rank"], ignore_index=True)
+
+
+def _in_units(nearest: Nearest, scores: list[Score], training: SliceSet) -> Floats:
+    """Turn squared distances into root mean square differences in grey levels: (S, Q, k)."""
+    height, width = training.manifest.size_px
+    value = nearest.value.cpu().numpy().copy()
+    for number, score in enumerate(scores):
+        if isinstance(score.measure, Distance):
+            value[number] = np.sqrt(-value[number] / (len(score.channels) * height * width))
+    return value

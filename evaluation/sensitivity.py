@@ -48,6 +48,21 @@ class Null:
                 f"{len(self.patients)} patients."
             )
 
+    def resampled_thresholds(self, false_alarm_rates: Sequence[float], count: int, seed: int) -> dict[float, Floats]:
+        """Give `threshold` at every rate in `count` bootstrap samples of the patients.
+
+        Returns:
+            rate -> (count,); empty below `MIN_PATIENTS` patients.
+        """
+        members = _by_patient(self.scores, self.patients)
+        rng = np.random.default_rng((seed, 0))
+        nulls = (
+            np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+            for _ in range(count if len(members) >= MIN_PATIENTS else 0)
+        )
+        limits = [[threshold(scores, rate) for rate in false_alarm_rates] for scores in nulls]
+        return dict(zip(false_alarm_rates, np.array(limits).reshape(-1, len(false_alarm_rates)).T, strict=True))
+
 
 def threshold(scores: Floats, false_alarm_rate: float) -> float:
     """Give the number above which a score is an alarm: the k-th largest of the null, infinity if k = 0."""
@@ -91,7 +106,7 @@ def sensitivity(
         A row per kind and rate: kind, false_alarm_rate, threshold, rate (of detection), ci_low, ci_high, detected,
         slices, patients, null_slices, null_patients. The interval is NaN below `MIN_PATIENTS` patients on either side.
     """
-    resampled = _Resamples(null, n_resamples, seed, false_alarm_rates)
+    limits = null.resampled_thresholds(false_alarm_rates, n_resamples, seed)
     rows = []
     for kind in kinds:
         positives = plant_in(training, kind, planted, seed)
@@ -100,7 +115,7 @@ def sensitivity(
         for rate in false_alarm_rates:
             limit = threshold(null.scores, rate)
             detected = int((scores > limit).sum())
-            low, high = resampled.interval(scores, patients, rate, confidence)
+            low, high = _interval(scores, patients, limits[rate], seed, confidence)
             wilson = stats.binomtest(detected, len(scores)).proportion_ci(confidence, method="wilson")
             rows.append(
                 {
@@ -120,35 +135,20 @@ def sensitivity(
     return pd.DataFrame(rows)
 
 
-class _Resamples:
-    """Thresholds of resampled nulls, which all kinds share."""
-
-    def __init__(self, null: Null, count: int, seed: int, rates: Sequence[float]) -> None:
-        self.count, self.seed = count, seed
-        members = _by_patient(null.scores, null.patients)
-        self.enough = len(members) >= MIN_PATIENTS
-        rng = np.random.default_rng((seed, 0))
-        nulls = (
-            np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
-            for _ in range(count if self.enough else 0)
-        )
-        limits = [[threshold(scores, rate) for rate in rates] for scores in nulls]
-        self.limits = dict(zip(rates, np.array(limits).reshape(-1, len(rates)).T, strict=True))  # (count,) each
-
-    def interval(
-        self, scores: Floats, patients: npt.NDArray[np.object_], rate: float, confidence: float
-    ) -> tuple[float, float]:
-        """Percentiles of the detection rate."""
-        members = _by_patient(scores, patients)
-        if not self.enough or len(members) < MIN_PATIENTS:
-            return math.nan, math.nan
-        sizes = np.array([len(part) for part in members])
-        above = np.stack([len(p) - np.searchsorted(np.sort(p), self.limits[rate], side="right") for p in members])
-        rng = np.random.default_rng((self.seed, 1))
-        drawn = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), self.count)  # (count, patients)
-        rates = (drawn * above.T).sum(axis=1) / (drawn @ sizes)
-        low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return float(low), float(high)
+def _interval(
+    scores: Floats, patients: npt.NDArray[np.object_], limits: Floats, seed: int, confidence: float
+) -> tuple[float, float]:
+    """Percentiles of the detection rate over resampled patients, each time at another one of the limits (count,)."""
+    members = _by_patient(scores, patients)
+    if not len(limits) or len(members) < MIN_PATIENTS:
+        return math.nan, math.nan
+    sizes = np.array([len(part) for part in members])
+    above = np.stack([len(p) - np.searchsorted(np.sort(p), limits, side="right") for p in members])
+    rng = np.random.default_rng((seed, 1))
+    drawn = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), len(limits))  # (count, patients)
+    rates = (drawn * above.T).sum(axis=1) / (drawn @ sizes)
+    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def _by_patient(scores: Floats, patients: npt.NDArray[np.object_]) -> list[Floats]:

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from datamodules.slice_set import SliceSet, write_atomically
 from evaluation.charts import DARK, LIGHT, Theme, to_png
+from evaluation.slice_figures import PictureRow, correlation_densities, slice_rows
 from study import figures
-from study.figures import PictureRow
 from study.results import (
     ALL_MODALITIES,
     CLASS_MEAN,
@@ -303,7 +303,7 @@ def _pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
         charts.append((
             f"memorization-{generator.name}",
             f"{generator.name}: largest correlation of each slice with any training slice.",
-            functools.partial(figures.correlation_densities, joint, null, NULL_QUANTILE),
+            functools.partial(correlation_densities, joint, null, NULL_QUANTILE),
         ))  # fmt: skip
     charts.append((
         "classes",
@@ -317,13 +317,13 @@ def _pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
             f"Drawn at random, not chosen. Left: real training slices. Right: synthetic slices of {generator.name}."
         )
         rows = _examples(generator.training, generator.synthetic)
-        figure = figures.picture_pairs(rows, "Real (training split)", f"Synthetic ({generator.name})")
+        figure = slice_rows(rows, ("Real (training split)", f"Synthetic ({generator.name})"))
         yield _save(folder, f"examples-{generator.name}", caption, to_png(figure))
         caption = (
             f"The synthetic slices of {generator.name} with the largest correlation r, each beside its nearest "
             "training slice; below, for comparison, the held-out slices with the largest r."
         )
-        figure = figures.picture_pairs(_nearest(generator), "Synthetic or held-out", "Nearest training slice")
+        figure = slice_rows(_nearest(generator), ("Synthetic or held-out", "Nearest training slice"))
         yield _save(folder, f"nearest-{generator.name}", caption, to_png(figure))
 
 
@@ -337,7 +337,7 @@ def _examples(real: SliceSet, synthetic: SliceSet) -> list[PictureRow]:
     rng = np.random.default_rng(0)
     left, right = (np.sort(rng.permutation(len(part))[:EXAMPLES]) for part in (real, synthetic))
     pairs = zip(real.read(left), synthetic.read(right), strict=False)
-    return [PictureRow("", a, b) for a, b in pairs]
+    return [PictureRow("", (a, b)) for a, b in pairs]
 
 
 def _nearest(generator: Generator) -> list[PictureRow]:
@@ -347,8 +347,8 @@ def _nearest(generator: Generator) -> list[PictureRow]:
         table = generator.memorization
         for _, row in table[(table["set"] == which) & (table["nearest"] >= 0)].nlargest(count, "r").iterrows():
             mine, theirs = slices.read([row["position"]])[0], generator.training.read([row["nearest"]])[0]
-            rows.append(PictureRow(f"{which}\nr = {row['r']:.4f}", mine, theirs))
-    return rows or [PictureRow("none", generator.training.read([0])[0], None)]
+            rows.append(PictureRow(f"{which}\nr = {row['r']:.4f}", (mine, theirs)))
+    return rows or [PictureRow("none", (generator.training.read([0])[0], None))]
 
 
 def _rows(table: pd.DataFrame, **where: str) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from scipy.stats import pearsonr
 
 from datamodules.slice_set import SliceSet, class_pixels, finish_slice_set, save_shard
 from evaluation import pixel_search
-from evaluation.memorization import memorization, thinned, training_and_held_out
-from evaluation.pixel_search import PixelSearch, pixel_detector, search_slices
+from evaluation.detectors import thinned
+from evaluation.memorization import memorization, training_and_held_out
+from evaluation.pixel_search import PixelSearch, pixel_values, search_slices
 from metrics.correlation_search import Search
 
 SIDES = {"A": "train", "B": "train", "C": "train", "D": "val", "E": "test"}
@@ -134,14 +135,19 @@ def test_an_interrupted_search_goes_on_where_it_stopped(synthetic, training, tmp
 
 def test_the_command_writes_tables_with_both_nulls(synthetic, real, tmp_path, capsys):
     out = tmp_path / "out"
-    memorization(synthetic.root, real.root, out, k=1, max_shift_px=0)
+    memorization(synthetic.root, real.root, out, k=1, max_shift_px=0, false_alarm_rate=0.1)
     assert str(out) in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
         ".search",
+        "correlations.png",
+        "judgement.csv",
         "nearest-held-out.parquet",
         "nearest-synthetic.parquet",
         "nearest-train.parquet",
+        "pairs.png",
+        "patients.csv",
         "search.json",
+        "suspicious.csv",
     ]
     tables = {name: pd.read_parquet(out / f"nearest-{name}.parquet") for name in ("synthetic", "held-out", "train")}
     assert pick(tables["synthetic"], 4, "all")["value"] == pytest.approx(1.0, abs=1e-15)
@@ -161,23 +167,25 @@ def test_the_last_of_several_shards_writes_the_tables(synthetic, real, tmp_path,
     monkeypatch.setattr(pixel_search, "TILE", {"cpu": (4, 4)})
     monkeypatch.setattr(pixel_search, "STRIPE_BYTES", {"cpu": 1})
     monkeypatch.setattr(pixel_search, "CHUNK_BYTES", 1)
-    for shard, says in ((1, "other shards are still at work on synthetic, held-out, train"), (0, "Nearest")):
-        memorization(synthetic.root, real.root, tmp_path, k=1, max_shift_px=0, shard=shard, shards=2, memory_gib=1.4e-5)
+    options = {"k": 1, "max_shift_px": 0, "false_alarm_rate": 0.1}
+    for shard, says in (
+        (1, "other shards are still at work on synthetic, held-out, train"),
+        (0, "2 held-out patients"),
+    ):
+        memorization(synthetic.root, real.root, tmp_path, **options, shard=shard, shards=2, memory_gib=1.4e-5)
         assert says in capsys.readouterr().out
-    memorization(synthetic.root, real.root, tmp_path / "whole", k=1, max_shift_px=0)
+    memorization(synthetic.root, real.root, tmp_path / "whole", **options)
     for name in ("synthetic", "held-out", "train"):
         tables = [pd.read_parquet(folder / f"nearest-{name}.parquet") for folder in (tmp_path, tmp_path / "whole")]
         pd.testing.assert_frame_equal(*tables)
 
 
-def test_the_detector_gives_the_values_of_the_table(synthetic, training, tmp_path):
+def test_slices_in_memory_get_the_values_of_the_table(synthetic, training, tmp_path):
     table = search_slices("synthetic", synthetic, training, tmp_path, NO_SHIFT)
-    for score, sign in (("brain all", 1), ("distance all", -1)):
-        found = pixel_detector(training, score, NO_SHIFT)(synthetic.read(range(9)))
-        expected = table[(table["score"] == score) & (table["rank"] == 1)]["value"].to_numpy()
-        if sign < 0:
-            found = np.sqrt(-found / (4 * 16 * 16))
-        np.testing.assert_array_equal(found, expected)
+    first = table[table["rank"] == 1].pivot(index="position", columns="score", values="value")
+    found = pixel_values(training, NO_SHIFT)(synthetic.read(range(9)))
+    assert list(found.columns) == list(table["score"].cat.categories)
+    np.testing.assert_array_equal(found, first[found.columns])
 
 
 def test_nulls_are_thinned_evenly(training):
@@ -200,8 +208,6 @@ def test_what_cannot_be_searched_is_refused(synthetic, real, training, tmp_path)
         training_and_held_out(synthetic, real.subset((real.index["split"] != "train").to_numpy()))
     with pytest.raises(ValueError, match=r"expected patients_seen"):
         memorization(real.root, real.root, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"score=T3: expected one of T1, "):
-        pixel_detector(training, "T3", NO_SHIFT)
     for wrong, text in (
         ({"k": 0}, "k=0"),
         ({"device": "meta"}, "device=meta"),
