@@ -36,7 +36,7 @@ from metrics.similarity import Distance
 
 Floats = npt.NDArray[np.float64]
 
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 """Raised when a number of the search changes, so that states of before are not gone on from."""
 SECONDS_BETWEEN_SAVES = 60.0
 CPU_GIB = 2.0

@@ -38,8 +38,11 @@ __all__ = [
     "summarize",
 ]
 
-BACKGROUND = 5
-"""Grey level up to which a pixel of all modalities is background: 0 in real slices, a little more in synthetic ones."""
+BACKGROUND = 20
+"""Grey level up to which a pixel of all modalities is background.
+
+It is 0 in real slices, but generators leave some grain: with a limit of 5, all of a grainy slice would be brain, and
+the brain of a copy unlike its own. The outermost rim of real brains, where they fill a pixel only in part, goes too."""
 LABEL_STEP = 85
 """Between the grey levels of the label's classes 0..3, as generators are shown them."""
 

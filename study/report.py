@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from datamodules.slice_set import SliceSet, write_atomically
+from evaluation.card import STYLE
 from evaluation.charts import DARK, LIGHT, Theme, to_png
 from evaluation.slice_figures import PictureRow, correlation_densities, slice_rows
 from study import figures
@@ -113,7 +114,7 @@ def write_report(
         write_atomically(out / "tables" / f"{name}.csv", table.to_csv(index=False))
     pictures = {picture.name: picture for picture in _pictures(study, tables, out / "figures")}
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader([Path(__file__).parent, STYLE.parent]), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(number=number, percent=percent, interval=interval, percent_interval=percent_interval)
     page = environment.get_template("report.html").render(

@@ -14,7 +14,7 @@ ALLOWED = {
     "lightning_modules": {"lightning_modules"},
     "datamodules": {"datamodules"},
     "metrics": {"metrics"},
-    "evaluation": {"evaluation", "datamodules", "metrics"},
+    "evaluation": {"evaluation", "datamodules", "lightning_modules", "metrics"},
     "callbacks": {"callbacks", "datamodules", "evaluation", "lightning_modules", "metrics"},
     "study": {"study", "datamodules", "evaluation", "metrics"},
     "train.py": set(),

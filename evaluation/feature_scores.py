@@ -1,0 +1,112 @@
+"""Aggregate scores of a synthetic set in a feature space, each beside what real slices of other patients get.
+
+They are what most papers report, and they are blind to a share of copies that would be a breach: 5 % of exact copies
+make several of them better. None of them decides on a release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor
+
+from metrics.data_copying import authentic, data_copying, k_means_cells
+from metrics.duplicates import duplicates, vendi_score
+from metrics.feature_likelihood import feature_likelihood
+from metrics.fidelity import frechet_distance, polynomial_mmd
+from metrics.floor import beside_floor, halves_of_patients
+from metrics.manifolds import manifold_scores
+from metrics.statistics import MIN_PATIENTS
+
+Features = npt.NDArray[np.float32]
+Score = Callable[[Tensor, Tensor], float]
+
+MAX_SLICES = 2000
+"""Of each kind, so that the matrices fit into memory; drawn by a fixed seed."""
+CELLS = 3
+K = 5
+
+
+def feature_scores(
+    training: Features,
+    held_out: Features,
+    synthetic: Features,
+    training_patients: npt.NDArray[np.object_],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compute all aggregate scores in one feature space.
+
+    Args:
+        training: (N, D).
+        held_out: (H, D), of patients whom the generator has not seen.
+        synthetic: (M, D).
+        training_patients: (N,).
+        seed: of subsets.
+
+    Returns:
+        A row per score: score, value, real (what real slices of other patients get in the place of synthetic ones),
+        better ("lower", "higher" or "near the real one"), blind_to. NaN where there are too few patients or slices.
+    """
+    rng = np.random.default_rng(seed)
+    kept = [np.sort(rng.permutation(len(part))[:MAX_SLICES]) for part in (training, held_out, synthetic)]
+    t, h, s = (torch.from_numpy(part[rows]) for part, rows in zip((training, held_out, synthetic), kept, strict=True))
+    patients_t = training_patients[kept[0]]
+    rows: list[tuple[str, float, float, str, str]] = []
+
+    def add(score: str, value: float, real: float, better: str, blind_to: str) -> None:
+        rows.append((score, value, real, better, blind_to))
+
+    copies = "memorization"
+    enough = len(np.unique(patients_t)) >= 2
+    for name, score in (("Fréchet distance", _frechet), ("kernel distance", _kernel)):
+        beside = beside_floor(score, t, patients_t, s, seeds=range(3)) if enough else None
+        value, floor = (float(x.mean()) for x in (beside.score, beside.floor)) if beside else (np.nan, np.nan)
+        add(name, value, floor, "lower", copies)
+    halves = halves_of_patients(patients_t, seed) if enough else None
+    if halves is not None and min(len(halves[0]), len(halves[1]), len(s)) > K:
+        n = min(len(halves[0]), len(halves[1]), len(s))
+        first, second = (t[torch.from_numpy(np.sort(rng.permutation(half)[:n]))] for half in halves)
+        mine, floor_scores = manifold_scores(first, s[:n], K), manifold_scores(first, second, K)
+        for name in ("precision", "recall", "density", "coverage"):
+            add(name, getattr(mine, name), getattr(floor_scores, name), "higher", copies)
+    copying = data_copying(t, h, s, _cells(t, h, s, seed), 0.0)
+    add("data-copying C_T", copying.c_t, 0.0, "near the real one", "rare copies")
+    numbers = torch.from_numpy(np.unique(patients_t, return_inverse=True)[1])
+    if enough:
+        add(
+            "authenticity",
+            float(authentic(t, s, numbers).double().mean()),
+            float(authentic(t, h, numbers).double().mean()),
+            "near the real one",
+            "rare copies",
+        )
+    likelihood = feature_likelihood(t, h, s, seed=seed)
+    add("feature likelihood divergence", likelihood.fld, 0.0, "lower", "rare copies")
+    add("feature likelihood gap", likelihood.gap, 0.0, "near the real one", "copies that are a little changed")
+    if len(np.unique(patients_t)) >= MIN_PATIENTS and len(s) >= MIN_PATIENTS:
+        found = duplicates(s, t, patients_t, seed=seed)
+        add("share of duplicates", found.share.estimate, found.false_alarm_rate, "lower", "copies of training slices")
+    add("Vendi score", vendi_score(s[: len(t)]), vendi_score(t[: len(s)]), "higher", "quality and copies")
+    return pd.DataFrame(rows, columns=["score", "value", "real", "better", "blind_to"])
+
+
+def _frechet(reference: Tensor, compared: Tensor) -> float:
+    return float(frechet_distance(reference, compared))
+
+
+def _kernel(reference: Tensor, compared: Tensor) -> float:
+    return float(polynomial_mmd(reference, compared))
+
+
+def _cells(training: Tensor, held_out: Tensor, synthetic: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide into as many cells as all have held-out features in, without which C_T is not defined."""
+    for count in range(CELLS, 1, -1):
+        cells = k_means_cells(training, held_out, synthetic, count, seed)
+        if set(cells[0].tolist()) <= set(cells[1].tolist()):
+            return cells
+    whole = [torch.zeros(len(part), dtype=torch.int64) for part in (training, held_out, synthetic)]
+    return whole[0], whole[1], whole[2]
