@@ -71,7 +71,7 @@ class PixelDetector:
         null_slices: at most that many training slices, evenly spaced, for location and scale; None is all.
 
     Raises:
-        ValueError: if other processes are still at work on their shares of the same search.
+        ValueError: if there is one training patient only, or other processes still search here.
     """
 
     name = "pixels"
@@ -84,6 +84,11 @@ class PixelDetector:
         folder: Path,
         null_slices: int | None = None,
     ) -> None:
+        if len(training.patients) < 2:
+            raise ValueError(
+                f"{training.root}: expected training slices of at least 2 patients, to compare each with others, but "
+                f"got {len(training.patients)}."
+            )
         self.training, self.search, self.folder = training, search, folder
         self.tables: dict[str, pd.DataFrame] = {}
         among_others = self._search("train", thinned(training, null_slices), leave_patient_out=True)

@@ -97,6 +97,8 @@ def release(
     check_null(held_out, thresholds.false_alarm_rate)
     network = load_copy_detector(detector)
     refuse_spoilt_null(detector, held_out)
+    loss_table = None if losses is None else pd.read_parquet(losses)
+    card = Card(title, filter, None if study is None else read_usefulness(study), with_real_images)
     evidence.mkdir(parents=True, exist_ok=True)
     search = PixelSearch(1, mirror, max_shift_px, memory_gib, device)
     network.to(search.where)
@@ -106,9 +108,7 @@ def release(
         "embedding": EmbeddingDetector(training, held_out, embed),
     }
     parts = Parts(made, training, held_out)
-    loss_table = None if losses is None else pd.read_parquet(losses)
     results = run_release_tests(parts, detectors, filter, thresholds, embed, search, evidence, planted, loss_table)
-    card = Card(title, filter, None if study is None else read_usefulness(study), with_real_images)
     write_evidence(evidence, parts, detectors, results)
     write_card(evidence / "card", card, parts, results)
     if results.verdict:
@@ -153,9 +153,7 @@ def read_usefulness(study: Path) -> pd.DataFrame:
     """
     path = study / "tables" / "ratio_to_real.csv"
     if not path.is_file():
-        raise ValueError(
-            f"Expected the folder of a report at {study}, but there is no {path}. `standin report` makes it."
-        )
+        raise ValueError(f"Expected a report in {study}, but there is no {path}. `standin report` makes it.")
     return pd.read_csv(path)
 
 

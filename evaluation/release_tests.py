@@ -20,7 +20,6 @@ from evaluation.embedding_search import Embed, embed_set
 from evaluation.feature_scores import feature_scores
 from evaluation.memorization import JOINT, name_suspicious
 from evaluation.pixel_search import PixelSearch
-from evaluation.planted import KINDS
 from evaluation.sensitivity import sensitivity
 from evaluation.suspicion import judge_scores, share_suspicious, suspicious
 from evaluation.thresholds import Criterion, Thresholds, at_least, at_most
@@ -148,11 +147,10 @@ def _sensitivity(
     detectors: Mapping[str, Detector], training: SliceSet, rate: float, planted: int, folder: Path
 ) -> pd.DataFrame:
     rates = sorted({rate, 0.05})
-    kinds = KINDS if len(training.patients) > 1 else ()
     tables = []
     for name, detector in detectors.items():
         score = remembered(detector.of_slices, name, folder / ".planted")
-        table = sensitivity(score, detector.null, training, kinds=kinds, planted=planted, false_alarm_rates=rates)
+        table = sensitivity(score, detector.null, training, planted=planted, false_alarm_rates=rates)
         tables.append(table.assign(detector=name))
     return pd.concat(tables, ignore_index=True)
 
