@@ -7,6 +7,7 @@ from callbacks.equivariance import Equivariance
 from callbacks.evaluation import Evaluation
 from callbacks.image_grid import ImageGrid
 from callbacks.label_maps import LabelMaps
+from callbacks.membership_losses import MembershipLosses
 from callbacks.memorization import Memorization
 from callbacks.posthoc_ema import PosthocEMA
 from callbacks.reconstruction import Reconstruction
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "ImageGrid",
     "LabelMaps",
+    "MembershipLosses",
     "Memorization",
     "PosthocEMA",
     "Reconstruction",

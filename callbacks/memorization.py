@@ -10,14 +10,19 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 
+from callbacks.evaluation import gathered
 from callbacks.image_grid import show
 from datamodules.pictures import panels, tile
 from datamodules.slice_set import LEFT_RIGHT_AXIS, MODALITIES, Slices, SliceSet, write_atomically
+from evaluation.sensitivity import Null
+from evaluation.suspicion import share_suspicious
 from lightning_modules.base import log_epoch
 from lightning_modules.image_generator import ImageGenerator
 from metrics.memorization import largest_correlation, summarize
+from metrics.statistics import MIN_PATIENTS, Interval
 
 BLOCK = 1024
 QUERIES = 4096
@@ -35,6 +40,9 @@ class Memorization(Callback):
         seed: of the synthetic slices.
         every_n_epochs: how often during training; the last epoch is always checked.
         pictures: nearest pairs to show.
+        false_alarm_rate: share of the held-out slices that are suspicious.
+        stop_when_memorizing: end the training once more of the synthetic slices are suspicious than chance allows: the
+            95 % interval of their share (bootstrap over held-out patients) lies above the false-alarm rate.
     """
 
     def __init__(
@@ -44,12 +52,16 @@ class Memorization(Callback):
         seed: int = 0,
         every_n_epochs: int = 1,
         pictures: int = 6,
+        false_alarm_rate: float = 0.05,
+        stop_when_memorizing: bool = False,
     ) -> None:
         self.slices = slices
         self.held_out_slices = held_out_slices
         self.seed = seed
         self.every_n_epochs = every_n_epochs
         self.pictures = pictures
+        self.false_alarm_rate = false_alarm_rate
+        self.stop_when_memorizing = stop_when_memorizing
         self.null: pd.DataFrame | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,6 +72,12 @@ class Memorization(Callback):
             raise ValueError(
                 f"Memorization: {datamodule.root} has neither validation nor test patients to compare with. Prepare it "
                 "with some, or leave callbacks.Memorization out."
+            )
+        held_out = datamodule.real_val if len(datamodule.real_val) else datamodule.real_test
+        if self.stop_when_memorizing and len(held_out.patients) < MIN_PATIENTS:
+            raise ValueError(
+                f"Memorization: stop_when_memorizing needs {MIN_PATIENTS} held-out patients or more, but "
+                f"{datamodule.root} has {len(held_out.patients)}. Prepare it with more validation patients."
             )
         fingerprints = {part.manifest.fingerprint for part in datamodule.training_sets}
         if fingerprints != {datamodule.real.manifest.fingerprint}:
@@ -83,7 +101,15 @@ class Memorization(Callback):
         synthetic = torch.cat(made).numpy() if made else np.empty((0, 5, 1, 1), np.uint8)
         table = self._search(trainer, pl_module, synthetic, np.asarray(mine))
         null = self._held_out(trainer, pl_module)
-        log_epoch(pl_module, _headline(table, null))
+        share = self._share_suspicious(table, null)
+        numbers = {"share_suspicious": share.estimate, "share_suspicious_low": share.low}
+        log_epoch(pl_module, _headline(table, null) | {f"memorization/{name}": x for name, x in numbers.items()})
+        if self.stop_when_memorizing and share.low > self.false_alarm_rate:
+            rank_zero_info(
+                f"Memorization: {share.estimate:.1%} of the synthetic slices are suspicious (95 % interval from "
+                f"{share.low:.1%}), where chance makes {self.false_alarm_rate:.1%}. The training ends here."
+            )
+            trainer.should_stop = True
         if trainer.is_global_zero:
             top = table.nlargest(self.pictures, "r")["position"].to_numpy()
             shown = pl_module.generate_slices(torch.tensor(top), self.seed).cpu().numpy()
@@ -108,14 +134,19 @@ class Memorization(Callback):
             self._show(trainer, pl_module, table, emitted.read(top), top)
 
     def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> pd.DataFrame:
-        if self.null is None:
+        if self.null is None:  # the training patients and the held-out ones stay the same
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
             real: SliceSet = datamodule.real_val if len(datamodule.real_val) else datamodule.real_test
             count = len(real) if self.held_out_slices is None else min(len(real), self.held_out_slices)
             chosen = np.linspace(0, len(real) - 1, count).round().astype(np.int64)
             mine = chosen[trainer.global_rank :: trainer.world_size]
-            self.null = self._search(trainer, pl_module, real, mine)
+            null = self._search(trainer, pl_module, real, mine)
+            self.null = null.assign(patient=real.index["patient"].to_numpy(dtype=object)[null["position"]])
         return self.null
+
+    def _share_suspicious(self, table: pd.DataFrame, null: pd.DataFrame) -> Interval:
+        patients = null["patient"].to_numpy(dtype=object)
+        return share_suspicious(table["r"].to_numpy(), Null(null["r"].to_numpy(), patients), self.false_alarm_rate)
 
     def _search(
         self, trainer: Trainer, pl_module: LightningModule, queries: SliceSet | Slices, positions: np.ndarray
@@ -141,8 +172,8 @@ class Memorization(Callback):
             )
             columns_of = [torch.from_numpy(part).double(), found.r.cpu(), *found.r_channel.cpu().T, found.index.cpu()]
             rows.append(torch.stack([c.double() for c in columns_of], dim=1).numpy())
-        gathered = _gather(trainer, np.concatenate(rows))
-        table = pd.DataFrame(gathered, columns=columns).sort_values("position", ignore_index=True)
+        everything = np.concatenate(gathered(trainer, [np.concatenate(rows)]))
+        table = pd.DataFrame(everything, columns=columns).sort_values("position", ignore_index=True)
         table = table.astype({"position": "int64", "nearest": "int64"})
         # A constant slice has no correlation and no neighbour.
         patient = np.append(training.index["patient"].to_numpy(dtype=object), "")[table["nearest"]]
@@ -178,12 +209,3 @@ def _headline(table: pd.DataFrame, null: pd.DataFrame) -> dict[str, float]:
         "memorization/held_out_max_r": comparison.max_null,
         "memorization/share_above_null_q99": comparison.share_above_q99,
     }
-
-
-def _gather(trainer: Trainer, rows: np.ndarray) -> np.ndarray:
-    """Gather the rows of all ranks, whose numbers may differ."""
-    if trainer.world_size == 1:
-        return rows
-    everything: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everything, rows)
-    return np.concatenate(everything)

@@ -116,9 +116,7 @@ def finish_slice_set(root: Path, index: pd.DataFrame, description: Mapping[str, 
     if len(index) != n_slices or not shards:
         raise ValueError(f"{root}: expected one index row per slice, but got {len(index)} rows for {n_slices} slices.")
     index = index.astype(INDEX_COLUMNS).reset_index(drop=True)
-    temporary = root / f".index.parquet.{os.getpid()}.tmp"
-    index.to_parquet(temporary)
-    temporary.replace(root / "index.parquet")
+    write_atomically(root / "index.parquet", index.to_parquet())
     manifest = {
         "format": "StandIn slice set",
         "format_version": FORMAT_VERSION,

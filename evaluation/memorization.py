@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,7 @@ def memorization(
     detector = PixelDetector(training, held_out, search, out / STATES, null_slices)
     found = detector.of_set("synthetic", made)
     for name, table in detector.tables.items():
-        temporary = out / f".nearest-{name}.{os.getpid()}.tmp"
-        table.to_parquet(temporary)
-        temporary.replace(out / f"nearest-{name}.parquet")
+        write_atomically(out / f"nearest-{name}.parquet", table.to_parquet())
     tables = judge(detector, found, training, false_alarm_rate)
     for name, table in tables.items():
         write_atomically(out / f"{name}.csv", table.to_csv(index=False))

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     DIFFUSION_TIME = 13
     DIFFUSION_NOISE = 14
     CONDITION_DROPOUT = 15
+    MEMBERSHIP = 16
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:

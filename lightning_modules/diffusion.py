@@ -17,7 +17,7 @@ from lightning_modules.autoencoder import load_autoencoder
 from lightning_modules.conditions import Condition, Conditions
 from lightning_modules.counter_random import Stream, random_normal, random_uniform
 from lightning_modules.denoising import Objective
-from lightning_modules.image_generator import LABEL_LEVELS, ImageGenerator, Samples
+from lightning_modules.image_generator import LABEL_LEVELS, ImageGenerator, Samples, slices_to_images
 from lightning_modules.noise_levels import CLEAN, Level
 from lightning_modules.sampling import Sampler, clipped, guided
 
@@ -173,6 +173,37 @@ class Diffusion(ImageGenerator):
             self.objective.observe(self.over_ranks(losses.step), self.over_ranks(losses.loss.detach()))
         self.log_mean("loss/diffusion", losses.loss)
         return (losses.loss if losses.weight is None else losses.loss * losses.weight).mean()
+
+    @torch.no_grad()
+    def losses_of(self, slices: Tensor, index: Tensor, height: Tensor, draws: int, seed: int) -> Tensor:
+        """Give the mean loss of each slice over evenly spaced times: what a membership attack looks at.
+
+        Carlini et al. 2023, "Extracting training data from diffusion models" (USENIX Security, arXiv 2301.13188),
+        section 5.2. The network is the averaged one, without dropout; time and noise follow from (seed, index, draw).
+
+        Args:
+            slices: uint8 (N, 5, H, W).
+            index: int64 (N,), names the noise of every slice.
+            height: (N,), 0 to 1 in the volume, for conditions.
+            draws: times of each slice.
+            seed: of the noise.
+
+        Returns:
+            float32 (N,).
+        """
+        network: Any = self.network if self.ema_network is None else self.ema_network
+        images = slices_to_images(slices, self.label_levels)
+        if self.autoencoder is not None:
+            images = self.autoencoder.encode(images)
+        condition = None
+        if self.conditions.width:
+            condition = self.conditions.vectors(self.conditions.of(slices, height))
+        total = torch.zeros(len(slices), device=images.device)
+        for draw in range(draws):
+            uniform = torch.full_like(total, (draw + 0.5) / draws)
+            noise = random_normal(seed, Stream.MEMBERSHIP, index * draws + draw, images.shape[1:])
+            total += self.objective.losses(network, images, condition, uniform, noise).loss.float()
+        return total / draws
 
     def generate(self, index: Tensor, seed: int) -> Tensor:
         """Image i from `(seed, i)`: start, noise of every step and condition from a counter-based generator."""
