@@ -229,14 +229,14 @@ def _features(table: pd.DataFrame | None) -> Section:
     if table is None:
         return Section(title, ["Nothing was kept."])
     rows = [
-        (row["score"], _number(row["value"]), _number(row["real"]), row["better"], row["blind_to"])
+        (row["score"], row["features"], _number(row["value"]), _number(row["real"]), row["better"], row["blind_to"])
         for row in table.to_dict("records")
     ]
     text = (
-        "In the features of the copy detector. Real: what slices of other real patients get in the place of synthetic "
+        "Each in the features of a network. Real: what slices of other real patients get in the place of synthetic "
         "ones. None of these scores would notice a few copies, so none of them decides."
     )
-    return Section(title, [text], header=("score", "value", "real", "better", "blind to"), rows=rows)
+    return Section(title, [text], header=("score", "features", "value", "real", "better", "blind to"), rows=rows)
 
 
 def _number(value: float) -> str:

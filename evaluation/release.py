@@ -24,6 +24,7 @@ from datamodules.slice_set import INDEX_COLUMNS, SliceSet, finish_slice_set, sav
 from evaluation.card import write_card
 from evaluation.card_sections import Card
 from evaluation.detectors import Detector, EmbeddingDetector, PixelDetector
+from evaluation.feature_spaces import feature_space
 from evaluation.memorization import check_null, draw_pairs, training_and_held_out
 from evaluation.pixel_search import PixelSearch
 from evaluation.release_tests import Parts, Results, remembered, run_release_tests
@@ -53,6 +54,7 @@ def release(
     planted: int = 256,
     study: Path | None = None,
     losses: Path | None = None,
+    features: list[str] | None = None,
     name_patients: bool = False,
     with_real_images: bool = False,
     title: str = "Synthetic brain tumour MR slices",
@@ -77,6 +79,8 @@ def release(
         planted: planted copies of each kind, to measure what the detectors find.
         study: folder of a report, whose Dice ratios come into the card.
         losses: table of the generator's losses on real slices (callbacks.MembershipLosses), for another attack.
+        features: further feature spaces of the aggregate scores: "imagenet", or TorchScript files that turn float
+            (N, 3, H, W) in [0, 1] into features (N, D).
         name_patients: keep the names and image signatures of the training patients in the manifest, so that others can
             leave them out of their tests; only where membership is public.
         with_real_images: show the nearest real slices in the card too.
@@ -99,8 +103,9 @@ def release(
     refuse_spoilt_null(detector, held_out)
     loss_table = None if losses is None else pd.read_parquet(losses)
     card = Card(title, filter, None if study is None else read_usefulness(study), with_real_images)
-    evidence.mkdir(parents=True, exist_ok=True)
     search = PixelSearch(1, mirror, max_shift_px, memory_gib, device)
+    spaces = {name: feature_space(name, search.where) for name in features or []}
+    evidence.mkdir(parents=True, exist_ok=True)
     network.to(search.where)
     embed = remembered(network.embed_array, sha256(detector), evidence / ".embeddings")
     detectors: dict[str, Detector] = {
@@ -108,7 +113,9 @@ def release(
         "embedding": EmbeddingDetector(training, held_out, embed),
     }
     parts = Parts(made, training, held_out)
-    results = run_release_tests(parts, detectors, filter, thresholds, embed, search, evidence, planted, loss_table)
+    results = run_release_tests(
+        parts, detectors, filter, thresholds, embed, search, evidence, planted, loss_table, spaces
+    )
     write_evidence(evidence, parts, detectors, results)
     write_card(evidence / "card", card, parts, results)
     if results.verdict:

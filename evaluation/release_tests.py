@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,6 +76,7 @@ def run_release_tests(
     folder: Path,
     planted: int,
     losses: pd.DataFrame | None = None,
+    spaces: Mapping[str, Embed] = MappingProxyType({}),
 ) -> Results:
     """Filter with one detector, test with all others, measure what they can find, and attack what is left.
 
@@ -88,6 +90,7 @@ def run_release_tests(
         folder: for states.
         planted: copies of each kind.
         losses: of the generator on real slices: patient, loss.
+        spaces: further feature spaces of the aggregate scores, by name.
 
     Returns:
         The results; nothing is written but states.
@@ -106,8 +109,7 @@ def run_release_tests(
     }
     if len(kept):
         tables["membership"] = _membership(parts, kept, embed, search, folder, losses)
-        embeddings = [embed_set(part, embed) for part in (parts.training, parts.held_out, kept)]
-        tables["features"] = feature_scores(embeddings[0], embeddings[1], embeddings[2], of_training)
+        tables["features"] = _features(parts, kept, {"copy detector": embed, **spaces})
     return Results(removed, found, tables, _criteria(parts, tables, removed, filter_by, thresholds))
 
 
@@ -169,6 +171,15 @@ def _membership(
     likely = pd.DataFrame({"patient": losses["patient"], "loss": -losses["loss"]})
     sides = [likely[likely["patient"].isin(part.patients)] for part in (parts.training, parts.held_out)]
     return pd.concat([table, membership_table(sides[0], sides[1])], ignore_index=True)
+
+
+def _features(parts: Parts, kept: SliceSet, spaces: Mapping[str, Embed]) -> pd.DataFrame:
+    patients = parts.training.index["patient"].to_numpy(dtype=object)
+    tables = []
+    for name, embed in spaces.items():
+        training, held_out, synthetic = (embed_set(part, embed) for part in (parts.training, parts.held_out, kept))
+        tables.append(feature_scores(training, held_out, synthetic, patients).assign(features=name))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _criteria(

@@ -17,6 +17,7 @@ from datamodules.slice_set import SliceSet, class_pixels, finish_slice_set, save
 from evaluation import release_tests
 from evaluation.attack import equal_shares, membership_table
 from evaluation.feature_scores import feature_scores
+from evaluation.feature_spaces import feature_space
 from evaluation.release import release
 from evaluation.release_tests import remembered
 from evaluation.thresholds import Thresholds, at_least, at_most
@@ -293,3 +294,40 @@ def test_a_killed_release_goes_on(synthetic, real, detector, tmp_path, monkeypat
     release(synthetic, real, detector, tmp_path / "out", **options)
     assert [path.stat().st_mtime_ns for path in files] == times
     assert (tmp_path / "out" / "card.html").exists()
+
+
+class Means(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def test_feature_spaces_see_three_modalities(tmp_path):
+    slices = heads(3, 16, 0)
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    found = feature_space(str(tmp_path / "means.pt"), torch.device("cpu"))(slices)
+    np.testing.assert_allclose(found, slices[:, 1:4].mean(axis=(2, 3)) / 255, rtol=1e-5)  # T1ce, T2, FLAIR
+    wide = feature_space("imagenet", torch.device("cpu"))(slices)
+    assert wide.shape == (3, 1280)
+    other = slices.copy()
+    other[0, 0] = 0  # T1 is not shown
+    other[1, 4] = 0
+    other[2, 3] = 0
+    same = np.isclose(feature_space("imagenet", torch.device("cpu"))(other), wide, atol=1e-5).all(axis=1)
+    assert same.tolist() == [True, True, False]
+
+
+def test_imagenet_features_know_a_photograph_from_a_mirror_image_less_than_from_noise():
+    slices = heads(8, 64, 0)
+    features = feature_space("imagenet", torch.device("cpu"))
+    plain, mirrored = features(slices), features(slices[..., ::-1].copy())
+    noise = features(np.random.default_rng(0).integers(0, 256, slices.shape, np.uint8))
+    assert np.linalg.norm(plain - mirrored, axis=1).max() < np.linalg.norm(plain - noise, axis=1).min()
+
+
+def test_what_is_no_feature_space_is_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(ValueError, match=r"text\.pt cannot be read as TorchScript"):
+        feature_space(str(tmp_path / "text.pt"), torch.device("cpu"))
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "maps.pt"))
+    with pytest.raises(ValueError, match=r"expected features \(N, D\), but got \(2, 3, 16, 16\)"):
+        feature_space(str(tmp_path / "maps.pt"), torch.device("cpu"))(heads(2, 16, 0))
