@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -177,7 +177,10 @@ def read_manifest(root: Path | str) -> Manifest:
 
 
 class SliceSet:
-    """Read access to (a part of) a slice set, memory-mapped: memory stays flat however large the set is.
+    """Read access to (a part of) a slice set: memory stays flat however large the set is.
+
+    Slices are read from the files at once when they are asked for. A memory map would count every page ever touched as
+    memory of the process, and several workers would be killed for memory that nobody needs.
 
     Args:
         root: folder of the set.
@@ -192,7 +195,10 @@ class SliceSet:
         self.root = Path(root)
         index = pd.read_parquet(self.root / "index.parquet")
         self._shards = find_shards(self.root)
-        lengths = [_shard_length(path) for path in self._shards]
+        arrays = [_open_shard(path) for path in self._shards]
+        lengths = [len(array) for array in arrays]
+        self._starts = [array.offset for array in arrays]
+        self._files: dict[int, BinaryIO] = {}
         if len(index) != sum(lengths):
             raise ValueError(
                 f"{self.root}: index.parquet has {len(index)} rows, but the {len(lengths)} shards hold {sum(lengths)} "
@@ -208,12 +214,12 @@ class SliceSet:
         self.index = index.reset_index(drop=True)
         self._shard_of = self.index["shard"].to_numpy()
         self._row_of = self.index["row"].to_numpy()
-        self._maps: list[npt.NDArray[np.uint8] | None] = [None] * len(self._shards)
 
     def subset(self, rows: Sequence[int] | npt.NDArray[Any]) -> SliceSet:
         """Give the same set restricted to these positions (an index array or a boolean mask)."""
         chosen = object.__new__(SliceSet)
         chosen.manifest, chosen.root, chosen._shards = self.manifest, self.root, self._shards
+        chosen._starts, chosen._files = self._starts, self._files
         rows = np.asarray(rows)
         chosen._bind(self.index.iloc[np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)])
         return chosen
@@ -231,29 +237,35 @@ class SliceSet:
         positions = np.asarray(positions, dtype=np.int64)
         out = np.empty((len(positions), len(CHANNELS), *self.manifest.size_px), np.uint8)
         shards, rows = self._shard_of[positions], self._row_of[positions]
-        for shard in np.unique(shards):
-            where = np.flatnonzero(shards == shard)
-            source = self._map(int(shard))
-            for target, row in zip(where, rows[where], strict=True):
-                out[target] = source[row]
+        follows = (np.diff(shards) == 0) & (np.diff(rows) == 1)
+        for run in np.split(np.arange(len(positions)), np.flatnonzero(~follows) + 1):
+            if len(run):
+                self._read_run(int(shards[run[0]]), int(rows[run[0]]), out[run[0] : run[-1] + 1])
         return out
 
-    def _map(self, shard: int) -> Slices:
-        array = self._maps[shard]
-        if array is None:
-            array = self._maps[shard] = np.load(self._shards[shard], mmap_mode="r")
-        return array
+    def _read_run(self, shard: int, row: int, out: Slices) -> None:
+        """Read slices that follow each other in a shard."""
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = self._shards[shard].open("rb", buffering=0)
+        place, left = self._starts[shard] + row * out[0].nbytes, out.data.cast("B")
+        while left:
+            count = os.preadv(file.fileno(), [left], place)  # threads and forks share the file: no seek
+            if not count:
+                raise ValueError(f"{self._shards[shard]} ends too early. Make the slice set again.")
+            place, left = place + count, left[count:]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory maps behind: every worker process opens its own."""
-        return {**self.__dict__, "_maps": [None] * len(self._shards)}
+        """Leave the open files behind: every worker process opens its own."""
+        return {**self.__dict__, "_files": {}}
 
 
-def _shard_length(path: Path) -> int:
+def _open_shard(path: Path) -> np.memmap[Any, Any]:
     try:
-        array = np.load(path, mmap_mode="r")
+        array: Any = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Make the slice set again.") from error
-    if array.ndim != 4 or array.shape[1] != len(CHANNELS) or array.dtype != np.uint8:
+    if array.ndim != 4 or array.shape[1] != len(CHANNELS) or array.dtype != np.uint8 or not array.flags.c_contiguous:
         raise ValueError(f"{path}: expected uint8 (N, {len(CHANNELS)}, H, W), but got {array.dtype} {array.shape}.")
-    return len(array)
+    mapped: np.memmap[Any, Any] = array
+    return mapped
