@@ -21,9 +21,9 @@ from evaluation.card import STYLE
 from evaluation.charts import DARK, LIGHT, Theme, to_png
 from evaluation.slice_figures import PictureRow, correlation_densities, slice_rows
 from study import figures
+from study.arms import CLASS_MEAN
 from study.results import (
     ALL_MODALITIES,
-    CLASS_MEAN,
     FEW_PATIENTS,
     NULL_QUANTILE,
     R_COLUMNS,
@@ -114,7 +114,10 @@ def write_report(
         write_atomically(out / "tables" / f"{name}.csv", table.to_csv(index=False))
     pictures = {picture.name: picture for picture in _pictures(study, tables, out / "figures")}
     environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, STYLE.parent]), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader([Path(__file__).parent, STYLE.parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters.update(number=number, percent=percent, interval=interval, percent_interval=percent_interval)
     page = environment.get_template("report.html").render(
@@ -122,8 +125,8 @@ def write_report(
         study=study,
         tables={name: table.to_dict("records") for name, table in tables.items()},
         pictures=pictures,
-        arms=[segmenter.arm for segmenter in study.segmenters],
-        compared=[segmenter.arm for segmenter, _ in study.compared()],
+        arms=[arm.name for arm in study.arms],
+        compared=[arm.name for arm, _ in study.compared()],
         entities=SHOWN_ENTITIES,
         usefulness=usefulness_sentences(study, tables),
         safety=[safety_sentence(row) for row in _rows(tables["memorization"], image=ALL_MODALITIES)],
@@ -171,21 +174,21 @@ def _text_columns(table: pd.DataFrame, value: str, text: Callable[[float, float,
 
 def usefulness_sentences(study: Study, tables: Tables) -> list[str]:
     """What share of the real Dice each arm with synthetic slices reaches, as sentences."""
-    if not study.segmenters:
+    if not study.arms:
         return ["No segmenter was given, so nothing is said about usefulness."]
-    if not any(segmenter.kind == "real" for segmenter in study.segmenters):
+    if not any(arm.kind == "real" for arm in study.arms):
         return ["No segmenter was trained on real slices only, so there is nothing to compare with."]
     sentences = []
-    for segmenter, real in study.compared():
-        row = _rows(tables["ratio_to_real"], arm=segmenter.arm, entity=CLASS_MEAN)[0]
+    for arm, real in study.compared():
+        row = _rows(tables["ratio_to_real"], arm=arm.name, entity=CLASS_MEAN)[0]
         own, reference = (
-            _rows(tables["dice"], arm=arm, entity=CLASS_MEAN)[0]["dice"] for arm in (segmenter.arm, real.arm)
+            _rows(tables["dice"], arm=name, entity=CLASS_MEAN)[0]["dice"] for name in (arm.name, real.name)
         )
-        source = segmenter.source or "synthetic"
+        source = arm.source or "synthetic"
         how = {
             "synthetic": f"Trained only on the synthetic slices of {source}",
             "real + synthetic": f"Trained on real slices and those of {source} together",
-        }[segmenter.kind]
+        }[arm.kind]
         share = percent_interval(row["ratio"], row["ci_low"], row["ci_high"], long=True)
         sentences.append(
             f"{how}, the segmenter reaches {share} of the Dice of training on real slices ({number(own)} against "
@@ -232,7 +235,7 @@ def warnings(study: Study, memorization: pd.DataFrame) -> list[str]:
     found = []
     runs = [one.run for one in study.runs]
     n = len(study.patients)
-    if study.segmenters and n < FEW_PATIENTS:
+    if study.arms and n < FEW_PATIENTS:
         found.append(
             f"Only {n} test patients (fewer than {FEW_PATIENTS}): intervals are wide and, from a bootstrap of so few, "
             "rather too narrow than too wide. Read them as a rough guide."
@@ -282,10 +285,10 @@ def _foreign_data(study: Study) -> Iterator[str]:
 def _pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
     """Draw every figure, save it as PNG and hand it over for the page."""
     entities = list(SHOWN_ENTITIES)
-    arms = [segmenter.arm for segmenter in study.segmenters]
+    arms = [arm.name for arm in study.arms]
     charts: list[tuple[str, str, Callable[[Theme], Figure]]] = []
-    if study.segmenters:
-        dice = {segmenter.arm: segmenter.dice for segmenter in study.segmenters}
+    if study.arms:
+        dice = {arm.name: arm.mean_dice for arm in study.arms}
         charts.append((
             "dice_per_patient",
             "Dice per patient: every point is a patient. Box: quartiles and median; whiskers: 1.5 box lengths.",

@@ -6,26 +6,25 @@ interval and test of Dice; Dice is computed again from the counts, so both conve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from datamodules.slice_set import CLASSES, MODALITIES, SliceSet
 from metrics.statistics import bootstrap_mean, bootstrap_ratio, bootstrap_share_above, holm, paired_wilcoxon, summarize
+from study.arms import CLASS_MEAN, ENTITIES, Arm, Segmenter, command_of, read_arms, read_run
 
-ENTITIES = ("core", "oedema", "enhancing", "WT", "TC", "ET")
-CLASS_MEAN = "mean of classes"
 ALL_MODALITIES = "all four"
 R_COLUMNS = {ALL_MODALITIES: "r", **{name: f"r_{name}" for name in MODALITIES}}
 FEW_PATIENTS = 20
 NULL_QUANTILE = 0.95
 DICE_COLUMNS = (
-    "arm", "run", "entity", "patients", "valid", "dice", "ci_low", "ci_high", "median", "sd", "dice_empty_one",
+    "arm", "seeds", "entity", "patients", "valid", "dice", "ci_low", "ci_high", "median", "sd", "sd_seeds",
+    "dice_empty_one",
 )  # fmt: skip
 RATIO_COLUMNS = (
     "arm", "baseline", "entity", "pairs", "dropped", "ratio", "ci_low", "ci_high", "ratio_empty_one", "p_wilcoxon",
@@ -35,9 +34,6 @@ MEMORIZATION_NUMBERS = (
     "slices", "held_out_slices", "median", "median_held_out", "q95", "q95_held_out", "max", "max_held_out",
     "share_above_q95", "ci_low", "ci_high", "share_above_q99", "share_above_max", "smallest_p",
 )  # fmt: skip
-
-ArmKind = Literal["real", "synthetic", "real + synthetic"]
-ARM_KINDS: tuple[ArmKind, ...] = ("real", "synthetic", "real + synthetic")
 
 
 @dataclass(frozen=True)
@@ -58,52 +54,38 @@ class Generator:
 
 
 @dataclass(frozen=True)
-class Segmenter:
-    """A segmenter run: its record, its arm of the study and Dice (patients x entities) under both conventions."""
-
-    name: str
-    run: Mapping[str, Any]
-    kind: ArmKind
-    source: str
-    arm: str
-    counts: pd.DataFrame
-    dice: pd.DataFrame
-    dice_empty_one: pd.DataFrame
-
-
-@dataclass(frozen=True)
 class Study:
     """Everything that a report speaks of."""
 
     real: SliceSet
     generators: Sequence[Generator]
-    segmenters: Sequence[Segmenter]
+    arms: Sequence[Arm]
 
     @property
     def runs(self) -> list[Generator | Segmenter]:
         """All runs, generators first."""
-        return [*self.generators, *self.segmenters]
+        return [*self.generators, *(segmenter for arm in self.arms for segmenter in arm.segmenters)]
 
     @property
     def patients(self) -> list[str]:
         """The patients the segmenters were tested on."""
-        return list(self.segmenters[0].dice.index) if self.segmenters else []
+        return self.arms[0].patients if self.arms else []
 
-    def baseline(self, segmenter: Segmenter) -> Segmenter | None:
-        """The arm trained on real slices to compare with: of the same model and seed if there is one."""
-        real = [other for other in self.segmenters if other.kind == "real"]
+    def baseline(self, arm: Arm) -> Arm | None:
+        """The arm trained on real slices to compare with: of the same settings, or at least the same model."""
+        real = [other for other in self.arms if other.kind == "real"]
 
-        def differs(other: Segmenter) -> tuple[bool, bool]:
-            return other.run["model"] != segmenter.run["model"], other.run["seed"] != segmenter.run["seed"]
+        def differs(other: Arm) -> tuple[bool, bool, bool]:
+            return other.model != arm.model, other.settings != arm.settings, other.seeds != arm.seeds
 
         return min(real, key=differs) if real else None
 
-    def compared(self) -> Iterator[tuple[Segmenter, Segmenter]]:
+    def compared(self) -> Iterator[tuple[Arm, Arm]]:
         """Every arm with synthetic slices, beside its real arm."""
-        for segmenter in self.segmenters:
-            baseline = self.baseline(segmenter)
-            if segmenter.kind != "real" and baseline is not None:
-                yield segmenter, baseline
+        for arm in self.arms:
+            baseline = self.baseline(arm)
+            if arm.kind != "real" and baseline is not None:
+                yield arm, baseline
 
 
 def read_study(real: Path, generators: Sequence[Path], segmenters: Sequence[Path]) -> Study:
@@ -116,12 +98,12 @@ def read_study(real: Path, generators: Sequence[Path], segmenters: Sequence[Path
     needed = [f / name for f in generators for name in ("run.json", "memorization.csv", "synthetic/dataset.json")]
     needed += [folder / name for folder in segmenters for name in ("run.json", "dice_per_patient.csv")]
     roots = {path: folder for folder in (*generators, *segmenters) for path in needed if path.is_relative_to(folder)}
-    missing = [f"{path}, which `{_command(roots[path])}` writes" for path in needed if not path.is_file()]
+    missing = [f"{path}, which `{command_of(roots[path])}` writes" for path in needed if not path.is_file()]
     if missing:
         raise ValueError("The report lacks files:\n  " + "\n  ".join(missing))
     real_set = SliceSet(real)
     read = [_read_generator(folder, real_set) for folder in generators]
-    study = Study(real_set, read, _read_segmenters(segmenters, read))
+    study = Study(real_set, read, read_arms(segmenters, {g.synthetic.manifest.fingerprint: g.name for g in read}))
     names = [run.name for run in study.runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -131,24 +113,8 @@ def read_study(real: Path, generators: Sequence[Path], segmenters: Sequence[Path
     return study
 
 
-def _command(folder: Path) -> str:
-    record = folder / "run.json"
-    if record.is_file():
-        command = json.loads(record.read_text()).get("command")
-        if command:
-            return "python " + " ".join(command)
-    return f"python train.py --config configs/NAME.yaml --run_dir {folder}"
-
-
-def _read_run(folder: Path, kind: str) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    if run["kind"] != kind:
-        raise ValueError(f"Expected a {kind} run at {folder}, but run.json says it is a {run['kind']}.")
-    return run
-
-
 def _read_generator(folder: Path, real: SliceSet) -> Generator:
-    run = _read_run(folder, "generator")
+    run = read_run(folder, "generator")
     split = real.index["split"]
     held_out = real.index["patient"].isin(run.get("validation_patients", []))
     training = (split == "train") & ~held_out
@@ -181,7 +147,7 @@ def _check_positions(generator: Generator) -> None:
             raise ValueError(
                 f"{path}: expected rows of the {which} set with positions 0..{len(source) - 1}, but found "
                 f"{len(position)} rows{f' up to {position.max()}' if len(position) else ''}. The sets have changed "
-                f"since; run again: `{_command(generator.folder)}`."
+                f"since; run again: `{command_of(generator.folder)}`."
             )
     found = table[table["nearest"] >= 0]
     fits = len(found) == 0 or found["nearest"].max() < len(generator.training)
@@ -191,79 +157,35 @@ def _check_positions(generator: Generator) -> None:
     if not fits:
         raise ValueError(
             f"{path}: the nearest patients are not those of the training split of {generator.training.root}. The real "
-            f"set has changed since; run again: `{_command(generator.folder)}`."
+            f"set has changed since; run again: `{command_of(generator.folder)}`."
         )
-
-
-def _read_segmenters(folders: Sequence[Path], generators: Sequence[Generator]) -> list[Segmenter]:
-    runs = [_read_run(folder, "segmenter") for folder in folders]
-    emitted = {g.synthetic.manifest.fingerprint: g.name for g in generators}
-    kinds = [_arm_kind(run) for run in runs]
-    sources = [_sources(run, emitted) for run in runs]
-    several_sources = len({source for source in sources if source}) > 1
-    arms = [
-        f"{kind} ({source})" if source and several_sources else kind
-        for kind, source in zip(kinds, sources, strict=True)
-    ]
-    names = [f"{arm}: {run['name']}" if arms.count(arm) > 1 else arm for arm, run in zip(arms, runs, strict=True)]
-    result = []
-    for folder, run, kind, source, arm in zip(folders, runs, kinds, sources, names, strict=True):
-        counts = pd.read_csv(folder / "dice_per_patient.csv", dtype={"patient": str})
-        if counts.duplicated(["patient", "entity"]).any() or set(counts["entity"]) != set(ENTITIES):
-            raise ValueError(
-                f"{folder / 'dice_per_patient.csv'}: expected one row for each patient and entity of "
-                f"{', '.join(ENTITIES)}, but got {len(counts)} rows. Run again: `{_command(folder)}`."
-            )
-        total = 2 * counts["tp"] + counts["fp"] + counts["fn"]
-        scored = counts.assign(score=2 * counts["tp"] / total.where(total > 0))
-        wide = scored.pivot(index="patient", columns="entity", values="score").sort_index()[list(ENTITIES)]
-        result.append(
-            Segmenter(
-                run["name"], run, kind, source, arm, counts, _with_class_mean(wide), _with_class_mean(wide.fillna(1.0))
-            )
-        )
-        if set(wide.index) != set(result[0].dice.index):
-            differing = sorted(set(wide.index) ^ set(result[0].dice.index))
-            raise ValueError(
-                f"{folder} and {folders[0]} were tested on different patients ({', '.join(differing[:5])}"
-                f"{', ...' if len(differing) > 5 else ''} in one of them only). Arms are compared on the same "
-                "patients: use one real set and split for all segmenters."
-            )
-    return sorted(result, key=lambda segmenter: ARM_KINDS.index(segmenter.kind))
-
-
-def _arm_kind(run: Mapping[str, Any]) -> ArmKind:
-    kinds = {part["kind"] for part in run["training_sets"]}
-    return cast(ArmKind, " + ".join(sorted(kinds)))
-
-
-def _sources(run: Mapping[str, Any], emitted: Mapping[str, str]) -> str:
-    """The generators whose slices a run was trained on; a set from elsewhere is named by its folder."""
-    synthetic = [part for part in run["training_sets"] if part["kind"] == "synthetic"]
-    return " + ".join(emitted.get(part["fingerprint"], Path(part["root"]).parent.name) for part in synthetic)
-
-
-def _with_class_mean(dice: pd.DataFrame) -> pd.DataFrame:
-    return dice.assign(**{CLASS_MEAN: dice[list(CLASSES[1:])].mean(axis=1, skipna=True)})
 
 
 def dice_per_patient_table(study: Study) -> pd.DataFrame:
     """Every Dice with its counts, as the segmenters wrote them."""
-    tables = [s.counts.assign(arm=s.arm, run=s.name) for s in study.segmenters]
-    columns = ["arm", "run", "patient", "entity", "tp", "fp", "fn", "dice"]
+    tables = [
+        one.counts.assign(arm=arm.name, run=one.name, seed=one.run["seed"])
+        for arm in study.arms
+        for one in arm.segmenters
+    ]
+    columns = ["arm", "run", "seed", "patient", "entity", "tp", "fp", "fn", "dice"]
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 
 
 def dice_table(study: Study) -> pd.DataFrame:
-    """Mean Dice over patients of every arm and entity, with its bootstrap interval."""
+    """Mean Dice of every arm and entity over patients and seeds, with its bootstrap interval.
+
+    Standard deviations are over patients (of their means over seeds) and over seeds (of the means over patients).
+    """
     rows = []
-    for segmenter in study.segmenters:
+    for arm in study.arms:
         for entity in (*ENTITIES, CLASS_MEAN):
-            values = segmenter.dice[entity]
-            mean = bootstrap_mean(values.to_numpy())
+            values = arm.dice(entity)
+            mean, of_patients = bootstrap_mean(values), pd.Series(values.mean(axis=1))
+            of_seeds = pd.DataFrame(values).mean().std() if len(arm.seeds) > 1 else np.nan
             rows.append(
-                (segmenter.arm, segmenter.name, entity, len(values), mean.n, mean.estimate, mean.low, mean.high,
-                 values.median(), values.std(), segmenter.dice_empty_one[entity].mean())
+                (arm.name, len(arm.seeds), entity, len(values), mean.n, mean.estimate, mean.low, mean.high,
+                 of_patients.median(), of_patients.std(), of_seeds, float(arm.dice_empty_one(entity).mean()))
             )  # fmt: skip
     return pd.DataFrame(rows, columns=list(DICE_COLUMNS))
 
@@ -275,13 +197,13 @@ def ratio_table(study: Study) -> pd.DataFrame:
     the enhancing class and not counted twice.
     """
     rows = []
-    for segmenter, real in study.compared():
+    for arm, real in study.compared():
         for entity in (*ENTITIES, CLASS_MEAN):
-            a, b = real.dice[entity].to_numpy(), segmenter.dice[entity].to_numpy()
+            a, b = real.dice(entity), arm.dice(entity)
             interval, test = bootstrap_ratio(a, b), paired_wilcoxon(a, b)
-            one = bootstrap_ratio(real.dice_empty_one[entity], segmenter.dice_empty_one[entity], n_resamples=1)
+            one = bootstrap_ratio(real.dice_empty_one(entity), arm.dice_empty_one(entity), n_resamples=1)
             rows.append(
-                (segmenter.arm, real.arm, entity, interval.n, interval.dropped, interval.estimate, interval.low,
+                (arm.name, real.name, entity, interval.n, interval.dropped, interval.estimate, interval.low,
                  interval.high, one.estimate, test.p, np.nan)
             )  # fmt: skip
     table = pd.DataFrame(rows, columns=list(RATIO_COLUMNS))
@@ -343,7 +265,7 @@ def class_table(study: Study) -> pd.DataFrame:
 
 def run_table(study: Study) -> pd.DataFrame:
     """What every run was, from its run.json."""
-    rows = []
+    rows, arm_of = [], {one.name: arm.name for arm in study.arms for one in arm.segmenters}
     for one in study.runs:
         run = one.run
         trained_on = [f"{part['slices']} {part['kind']}" for part in run["training_sets"]]
@@ -351,7 +273,7 @@ def run_table(study: Study) -> pd.DataFrame:
             {
                 "run": one.name,
                 "kind": run["kind"],
-                "arm": one.arm if isinstance(one, Segmenter) else "",
+                "arm": arm_of.get(one.name, ""),
                 "model": run["model"].rsplit(".", 1)[-1],
                 "seed": run["seed"],
                 "slices_trained_on": " + ".join(trained_on),

@@ -9,7 +9,7 @@ import pytest
 from fake_study import SLICES_PER_PATIENT, SPLITS, shard, write_generator, write_real, write_segmenter
 
 from study.report import summary_table, warnings, write_report
-from study.results import memorization_table, read_study
+from study.results import dice_table, memorization_table, ratio_table, read_study
 
 NAN = float("nan")
 REAL = {
@@ -178,23 +178,50 @@ def test_the_summary_for_the_terminal_has_every_arm_with_interval_and_the_null(r
     assert max(map(len, summary.splitlines())) < 100
 
 
-def test_several_generators_and_seeds_get_arms_of_their_own(study_folder, tmp_path):
+def test_runs_that_differ_in_the_seed_alone_are_one_arm(study_folder, tmp_path):
     real, root = study_folder / "real", study_folder
     write_generator(tmp_path / "diffusion", real, R_SYNTHETIC, R_HELD_OUT, slices=shard(root / "gan/synthetic")[::-1])
-    for name, source in (("d-0", tmp_path / "diffusion/synthetic"), ("g-0", root / "gan/synthetic")):
-        write_segmenter(tmp_path / name, [source], SYNTHETIC)
-    write_segmenter(tmp_path / "g-1", [root / "gan/synthetic"], SYNTHETIC, seed=1)
-    write_segmenter(tmp_path / "r-1", [real], REAL, seed=1)
-    folders = [tmp_path / name for name in ("d-0", "g-0", "g-1", "r-1")]
-    study = read_study(real, [root / "gan", tmp_path / "diffusion"], [*folders, root / "seg-real"])
-    assert [segmenter.arm for segmenter in study.segmenters] == [
-        "real: r-1", "real: seg-real", "synthetic (diffusion)", "synthetic (gan): g-0", "synthetic (gan): g-1",
-    ]  # fmt: skip
-    assert {one.name: real.name for one, real in study.compared()} == {
-        "d-0": "seg-real",
-        "g-0": "seg-real",
-        "g-1": "r-1",
+
+    def write(name, source, dice, seed, *words):
+        command = [
+            "train.py",
+            "--config",
+            "unet.yaml",
+            "--run_dir",
+            f"runs/{name}",
+            f"--seed_everything={seed}",
+            *words,
+        ]
+        write_segmenter(tmp_path / name, [source], dice, seed=seed, command=command)
+
+    better = {patient: [min(1.0, v + 0.1) for v in values] for patient, values in REAL.items()}
+    write("r-seed0", real, REAL, 0)
+    write("r-seed1", real, better, 1)
+    write("g-0", root / "gan/synthetic", SYNTHETIC, 0, "--data.train", f"[{{path: {root}/gan/synthetic, amount: 9}}]")
+    write("g-1", root / "gan/synthetic", SYNTHETIC, 1, "--data.train", f"[{{path: {root}/other, amount: 9}}]")
+    write("few-1", root / "gan/synthetic", SYNTHETIC, 1, "--data.train", f"[{{path: {root}/gan/synthetic, amount: 5}}]")
+    write("d-0", tmp_path / "diffusion/synthetic", SYNTHETIC, 0)
+    write("again-0", tmp_path / "diffusion/synthetic", SYNTHETIC, 0)
+    folders = [tmp_path / name for name in ("d-0", "g-0", "few-1", "g-1", "r-seed1", "again-0", "r-seed0")]
+    study = read_study(real, [root / "gan", tmp_path / "diffusion"], folders)
+    assert {arm.name: [one.name for one in arm.segmenters] for arm in study.arms} == {
+        "real": ["r-seed1", "r-seed0"],
+        "synthetic (diffusion): d-0": ["d-0"],
+        "synthetic (diffusion): again-0": ["again-0"],
+        "synthetic (gan): g": ["g-0", "g-1"],
+        "synthetic (gan): few-1": ["few-1"],
     }
+    assert {arm.name: base.name for arm, base in study.compared()} == dict.fromkeys(
+        [arm.name for arm in study.arms if arm.name != "real"], "real"
+    )
+    row = dice_table(study).set_index(["arm", "entity"]).loc[("real", "WT")]
+    both = np.array([[REAL[patient][3], better[patient][3]] for patient in sorted(REAL)])
+    assert row["seeds"] == 2
+    assert row["dice"] == pytest.approx(np.nanmean(both), abs=1e-3)
+    assert row["sd_seeds"] == pytest.approx(np.nanmean(both, axis=0).std(ddof=1), abs=1e-3)
+    ratio = ratio_table(study).set_index(["arm", "entity"]).loc[("synthetic (gan): g", "WT"), "ratio"]
+    synthetic = np.array([SYNTHETIC[patient][3] for patient in sorted(REAL)])
+    assert ratio == pytest.approx(synthetic.mean() / both.mean(), abs=1e-3)
 
 
 def test_runs_that_mix_commits_or_data_are_pointed_out(study_folder, tmp_path):
