@@ -20,7 +20,7 @@ check: .venv/installed
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,features,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,export,features,dev]"
 	touch $@
 
 clean:

@@ -38,6 +38,12 @@ COMMANDS = {
         "make BraTS-like patients from a template, without any download",
         "standin phantom data/phantom --patients 24 --seed 0",
     ),
+    "import-images": Command(
+        "datamodules.import_images",
+        "import_images",
+        "turn a folder of synthetic pictures, one PNG per channel, into a slice set",
+        "standin import-images BRGANDI/StyleGAN2 data/stylegan2 --trained_on paper-2020",
+    ),
     "import": Command(
         "lightning_modules.importing",
         "import_checkpoint",
@@ -79,6 +85,12 @@ COMMANDS = {
         "find the nearest training slices of every synthetic slice, beside what is by chance",
         "standin memorization runs/stylegan2/synthetic data/brats2021 runs/stylegan2/nearest",
     ),
+    "release": Command(
+        "evaluation.release",
+        "release",
+        "filter a synthetic set, test what is left, and write it for sharing with a data card",
+        "standin release runs/stylegan2/synthetic data/brats2021 runs/copy_detector/checkpoints/last.ckpt released",
+    ),
     "report": Command(
         "study.report",
         "report",
@@ -86,13 +98,65 @@ COMMANDS = {
         "standin report report --real data/slices --generators '[runs/stylegan2]' "
         "--segmenters '[runs/unet-real, runs/unet-synthetic]'",
     ),
+    "export nnunet": Command(
+        "datamodules.export_nnunet",
+        "export_nnunet",
+        "write a slice set as a raw data set of nnU-Net v2, with folds of whole patients",
+        "standin export nnunet data/brats2021 nnUNet_raw/Dataset501_BraTS",
+    ),
+    "export decathlon": Command(
+        "datamodules.export_decathlon",
+        "export_decathlon",
+        "write a slice set as NIfTI files with a Decathlon datalist, for MONAI",
+        "standin export decathlon runs/stylegan2/synthetic exported/decathlon",
+    ),
+    "export images": Command(
+        "datamodules.export_images",
+        "export_images",
+        "write a slice set as the paper's pictures, one PNG per channel",
+        "standin export images runs/stylegan2/synthetic exported/images",
+    ),
+    "export huggingface": Command(
+        "datamodules.export_huggingface",
+        "export_huggingface",
+        "write a slice set as Parquet files with a card, for the `datasets` library",
+        "standin export huggingface runs/stylegan2/synthetic exported/stylegan2-slices",
+    ),
+    "export onnx": Command(
+        "lightning_modules.model_export",
+        "export_onnx",
+        "write the network of a generator or segmenter for ONNX, compared with the original",
+        "standin export onnx runs/unet exported/unet-onnx",
+    ),
+    "export torchscript": Command(
+        "lightning_modules.model_export",
+        "export_torchscript",
+        "write the network of a generator or segmenter for TorchScript, compared with the original",
+        "standin export torchscript runs/stylegan2 exported/stylegan2-torchscript --batch_size 16",
+    ),
+    "export safetensors": Command(
+        "lightning_modules.model_export",
+        "export_safetensors",
+        "write the weights of a generator or segmenter, with the configuration beside them",
+        "standin export safetensors runs/stylegan2 exported/stylegan2-weights",
+    ),
+    "export bundle": Command(
+        "lightning_modules.monai_bundle",
+        "export_bundle",
+        "write a segmenter as a MONAI bundle",
+        "standin export bundle runs/unet exported/unet-bundle",
+    ),
 }
 
 
-def overview() -> str:
-    """Say which subcommands there are."""
+def overview(group: str = "") -> str:
+    """Say which subcommands there are, or which kinds of the one whose names begin with `group`."""
     lines = ["usage: standin COMMAND ...", "", "May a synthetic set of brain MR images stand in for the real one?", ""]
-    lines += [f"  {name:<14} {command.summary}" for name, command in COMMANDS.items()]
+    if group:
+        lines = [f"usage: standin {group}KIND ...", ""]
+    names = [name for name in COMMANDS if name.startswith(group)]
+    width = max(map(len, names))
+    lines += [f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names]
     lines += ["", "`standin COMMAND --help` shows the options of a command. Training: `python train.py --help`."]
     return "\n".join(lines)
 
@@ -112,6 +176,12 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.write(overview() + "\n")
         return
     name, *rest = args
+    group = f"{name} "
+    if any(known.startswith(group) for known in COMMANDS):
+        if not rest or rest[0] in ("-h", "--help"):
+            sys.stdout.write(overview(group) + "\n")
+            return
+        name = group + rest.pop(0)
     if name not in COMMANDS:
         sys.exit(f"standin: there is no command {name!r}.\n\n{overview()}")
     command = COMMANDS[name]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_sets import real_set
 from fake_study import heads
+from PIL import Image
 
 from cli import main
 from datamodules.leak_guard import Seen
@@ -164,7 +165,7 @@ def test_real_images_and_names_are_shared_only_on_request(synthetic, real, detec
     assert SliceSet(out / "slices").manifest.fingerprint == SliceSet(released / "slices").manifest.fingerprint
 
 
-def test_usefulness_and_losses_come_into_the_card(synthetic, real, detector, released, tmp_path):
+def test_usefulness_losses_and_pictures_come_on_request(synthetic, real, detector, released, tmp_path):
     tables = tmp_path / "report" / "tables"
     tables.mkdir(parents=True)
     row = {
@@ -182,10 +183,14 @@ def test_usefulness_and_losses_come_into_the_card(synthetic, real, detector, rel
     losses.to_parquet(tmp_path / "losses.parquet")
     options = {"thresholds": EASY, "max_shift_px": 1, "planted": 8, "evidence": released.with_name("out-evidence")}
     out = tmp_path / "out"
-    release(synthetic, real, detector, out, study=tmp_path / "report", losses=tmp_path / "losses.parquet", **options)
+    asked = {"study": tmp_path / "report", "losses": tmp_path / "losses.parquet", "also_as": "png"}
+    release(synthetic, real, detector, out, **asked, **options)
     assert "87.00 (80.0–90.0) %" in (out / "card.md").read_text()
     attack = [row for row in card_of(out)["membership"] if row["score"] == "loss"]
     assert [row["auc"] for row in attack] == [1.0, 1.0]  # losses give everybody away
+    kept, name = SliceSet(out / "slices"), SliceSet(out / "slices").index["volume"][2]
+    assert np.array_equal(np.asarray(Image.open(out / f"images/FLAIR/{name}_flair.png")), kept.read([2])[0, 3])
+    assert f"  images/Seg/{name}_seg.png\n" in (out / "SHA256SUMS").read_text()
 
 
 def test_what_cannot_be_released_is_refused_at_once(synthetic, real, detector, released, tmp_path):

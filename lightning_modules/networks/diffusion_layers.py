@@ -96,7 +96,7 @@ def normalize_silu(x: Tensor, norm: nn.Module, modulation: Tensor | None = None)
         modulation: scale and shift of each channel, (N, 2C); None for neither.
     """
     norm = cast(nn.GroupNorm, norm)
-    weight, bias = norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)
+    weight, bias = norm.weight.expand(x.shape[0], -1), norm.bias.expand(x.shape[0], -1)
     if modulation is not None:
         scale, shift = modulation.to(weight.dtype).chunk(2, dim=1)
         weight, bias = torch.addcmul(weight, weight, scale), torch.addcmul(bias + shift, bias, scale)

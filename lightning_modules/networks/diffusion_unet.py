@@ -200,7 +200,7 @@ class DiffusionUNet(nn.Module):
         size, channels, width = self.img_resolution, self.img_channels, self.condition_width
         if x.shape[1:] != (channels, size, size):
             raise ValueError(f"Images must be (N, {channels}, {size}, {size}), as configured; got {tuple(x.shape)}.")
-        if condition is not None and (not width or condition.shape != (len(x), width)):
+        if condition is not None and (not width or condition.shape != (x.shape[0], width)):
             raise ValueError(
                 f"A condition must be ({len(x)}, {width}), as condition_width says; got {tuple(condition.shape)}."
             )

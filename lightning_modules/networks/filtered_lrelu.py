@@ -285,6 +285,8 @@ def _tangent(v: Tensor, x: Tensor, activation: FilteredActivation) -> Tensor:
 
 def activate(x: Tensor, activation: FilteredActivation) -> Tensor:
     """Apply an activation to (N, C, H, W); differentiable twice."""
+    if torch.compiler.is_exporting():  # a graph for any batch: nothing may be done by parts or depend on values
+        return activation.apply(x)
     with torch.autocast(x.device.type, enabled=False):  # the convolutions inside work in the dtype of x
         return cast(Tensor, _FilteredLeakyReLU.apply(x, activation))  # type: ignore[no-untyped-call]
 

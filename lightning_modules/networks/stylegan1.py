@@ -161,7 +161,7 @@ class ConstantLayer(SynthesisLayer):
 
     def forward(self, w: Tensor, noise: Tensor | None) -> Tensor:
         """(N, w_dim), noise (N or 1, 1, 4, 4) -> (N, C, 4, 4)."""
-        x = self.const.expand(len(w), -1, -1, -1)
+        x = self.const.expand(w.shape[0], -1, -1, -1)
         return self.finish(fast_layout(x, x.dtype), w, noise)
 
 

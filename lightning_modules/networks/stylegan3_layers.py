@@ -211,7 +211,7 @@ class SynthesisLayer(nn.Module):
 
     def _by_sample(self, x: Tensor) -> bool:
         """Whether to modulate the weights instead of the features: on the CPU, if there are fewer of them."""
-        return x.device.type == "cpu" and self.weight.numel() < x[0].numel()
+        return x.device.type == "cpu" and self.weight.numel() < x[0].numel() and not torch.compiler.is_exporting()
 
     def _activation(self, like: Tensor, size_px: int, first: int, last: int) -> FilteredActivation:
         """Of signals with `size_px` pixels a side and this padding on both axes."""
