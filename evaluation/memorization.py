@@ -170,15 +170,16 @@ def name_suspicious(
 def draw_pairs(
     path: Path, synthetic: SliceSet, held_out: SliceSet, training: SliceSet, found: Found, null: Found
 ) -> None:
-    """Draw the nearest synthetic slices beside their training slices, and the nearest held-out ones below."""
-    rows = []
+    """Draw the nearest synthetic slice of every training patient, the nearest first, and held-out ones below."""
+    rows, patients = [], training.index["patient"].to_numpy(dtype=object)
     for name, slices, part, count in (("synthetic", synthetic, found, PAIRS), ("held-out", held_out, null, PAIRS // 2)):
         order = np.argsort(-np.nan_to_num(part.statistic, nan=-np.inf), kind="stable")
-        for position in order[:count]:
-            if part.nearest[position] >= 0:
-                pair = slices.read([position])[0], training.read([part.nearest[position]])[0]
-                r = part.values["all"].iloc[position] if "all" in part.values else part.statistic[position]
-                rows.append(PictureRow(f"{name} {position}\nr = {r:.4f}", pair))
+        order = order[part.nearest[order] >= 0]
+        _, first = np.unique(patients[part.nearest[order]], return_index=True)
+        for position in order[np.sort(first)[:count]]:
+            pair = slices.read([position])[0], training.read([part.nearest[position]])[0]
+            r = part.values["all"].iloc[position] if "all" in part.values else part.statistic[position]
+            rows.append(PictureRow(f"{name} {position}\nr = {r:.4f}", pair))
     if rows:
         write_atomically(path, to_png(slice_rows(rows, ("Synthetic or held-out slice", "Nearest training slice"))))
 
