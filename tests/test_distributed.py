@@ -69,23 +69,40 @@ def test_generators_on_two_processes(model: str, slice_set: Path, tmp_path: Path
         assert (one / name).read_bytes() == (tmp_path / "copy" / name).read_bytes(), name
 
 
-def test_unet_on_two_nodes_under_torchrun(slice_set: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(unet_args(one, slice_set))
+def torchrun(args: list[str]) -> None:
+    """Run train.py on two nodes of two processes each, on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launchers = [
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2",
          "--master_addr=127.0.0.1", f"--master_port={port}"]
         for node in (0, 1)
     ]  # fmt: skip
-    args = [*unet_args(two, slice_set), "--trainer.num_nodes=2"]
+    args = [*args, "--trainer.num_nodes=2", "--trainer.devices=2"]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda launcher: train(args, launcher), launchers))
+
+
+def test_unet_is_trained_and_tested_on_two_nodes_under_torchrun(slice_set: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(unet_args(one, slice_set))
+    torchrun(unet_args(two, slice_set))
     assert_same_training(one, two, start_weights(unet_args(one, slice_set)), share=1e-4)
     assert (one / "dice_per_patient.csv").read_text() == (two / "dice_per_patient.csv").read_text()
-    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    assert json.loads((two / "run.json").read_text())["processes"] == 4
+
+
+def test_generator_is_trained_and_emits_on_two_nodes_under_torchrun(slice_set: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [*generator_args("diffusion", one, slice_set), "--trainer.max_epochs=1"]
+    train([*command, "--task=fit"])
+    torchrun([*command, f"--run_dir={two}"])
+    assert_same_training(one, two, start_weights(command), share=5e-3)
+    emitted = {name: (two / name).read_bytes() for name in ("synthetic/slices-00000.npy", "memorization.csv")}
+    shutil.rmtree(two / "synthetic")
+    train([*command, f"--run_dir={two}", "--task=predict"])  # the same weights, on one process
+    assert {name: (two / name).read_bytes() for name in emitted} == emitted
 
 
 def test_batch_that_cannot_be_divided_is_refused(slice_set: Path, tmp_path: Path) -> None:
