@@ -94,7 +94,7 @@ GENERATORS = {
     "stylegan3_t": _STYLE3,
     "stylegan3_r": _STYLE3,
     "stylegan1": [
-        # As published. With gamma 2 and 2 layers rounding alone, two threads instead of one, ends 0.13 of the way apart.
+        # As published. With gamma 2 and 2 layers, two threads instead of one end 0.13 of the way apart, by rounding.
         *(*_GROWN, *_GROWING, "--model.r1_gamma=10", "--model.generator.init_args.mapping_num_layers=8"),
     ],
     "progressive_gan": [*_GROWN, *_GROWING],
