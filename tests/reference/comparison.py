@@ -12,7 +12,7 @@ Tensors = dict[str, Tensor]
 Family = Callable[[Meta, Tensors], Tensors]
 
 
-class NotImplementedYetError(Exception):
+class UnsupportedError(Exception):
     """The file needs something that StandIn does not have."""
 
 
@@ -25,7 +25,7 @@ def arguments(ctor: Meta, renamed: dict[str, str], ignored: dict[str, Any]) -> M
         if name in renamed:
             ours[renamed[name]] = value
         elif name not in ignored or (ignored[name] is not ... and value not in ignored[name]):
-            raise NotImplementedYetError(f"StyleGAN 2 with {name}={value!r}")
+            raise UnsupportedError(f"StyleGAN 2 with {name}={value!r}")
     return ours
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from comparison import Family, Meta, NotImplementedYetError, Tensors, load, parameter_gradients
+from comparison import Family, Meta, Tensors, UnsupportedError, load, parameter_gradients
 from families_stylegan2 import build_discriminator
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def build(n_channels: int, enabled: list[str]) -> AdaptiveAugmentation:
     names = [f"channel{i}" for i in range(n_channels)]
     colours = n_channels == 3
     if unknown := set(enabled) - set(TRANSFORMATIONS):
-        raise NotImplementedYetError(f"ADA with {', '.join(sorted(unknown))}")
+        raise UnsupportedError(f"ADA with {', '.join(sorted(unknown))}")
     multipliers: dict[str, Any] = {name: float(name in enabled) for name in TRANSFORMATIONS}
     multipliers |= {} if colours else {"hue": 0.0, "saturation": 0.0}
     return AdaptiveAugmentation(names, None, [names] if colours else None, xflip_axis=-1, **multipliers)
@@ -33,7 +33,7 @@ def ada_augment(meta: Meta, ref: Tensors) -> Tensors:
     ours: Tensors = {"const/Hz_geom": filters.Hz_geom, "const/Hz_fbank": filters.Hz_fbank}
     for case in meta["cases"]:
         if options := set(case) - {"index", "channels", "enabled", "percentile"}:
-            raise NotImplementedYetError(f"ADA cases with {', '.join(sorted(options))}")
+            raise UnsupportedError(f"ADA cases with {', '.join(sorted(options))}")
         key = f"case{case['index']:03d}"
         x = ref[f"in/x{case['channels']}"].requires_grad_()
         y = ours[f"{key}/y"] = augment(x, case["enabled"], case["percentile"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comparison import Family, Meta, NotImplementedYetError, Tensors, stated
+from comparison import Family, Meta, Tensors, UnsupportedError, stated
 from torch import Tensor
 
 from lightning_modules import losses
@@ -20,7 +20,7 @@ def network(function: Any, ctor: Meta, ref: Tensors, prefix: str) -> Any:
     try:
         net = tensorflow_weights.build(function, ctor)
     except ValueError as error:
-        raise NotImplementedYetError(str(error)) from error
+        raise UnsupportedError(str(error)) from error
     variables = {k.removeprefix(prefix): v.numpy() for k, v in ref.items() if k.startswith(prefix)}
     tensorflow_weights.load(net, variables, ctor.get("fused_scale", "auto"))
     return net.eval()
@@ -119,7 +119,7 @@ def stylegan1(meta: Meta, ref: Tensors) -> Tensors:
 def schedules(resolution: int, num_gpus: int, args: Meta) -> dict[str, GrowingSchedule]:
     """The schedules of G and D, equal but for the learning rates, in the terms of one process."""
     if args.get("lrate_rampup_kimg", 0):
-        raise NotImplementedYetError("a learning rate that ramps up")
+        raise UnsupportedError("a learning rate that ramps up")
     per_gpu = {int(r): n for r, n in args.get("max_minibatch_per_gpu", {}).items()}
     minibatch_base = args.get("minibatch_base", 16)
     minibatch = dict.fromkeys(per_gpu, minibatch_base) | {int(r): n for r, n in args.get("minibatch_dict", {}).items()}

@@ -1,7 +1,7 @@
 """Operator tables."""
 
 import torch
-from comparison import Family, Meta, NotImplementedYetError, Tensors, gradients, table
+from comparison import Family, Meta, Tensors, UnsupportedError, gradients, table
 
 from lightning_modules.networks import operators
 from lightning_modules.networks.bias_act import bias_act
@@ -48,7 +48,7 @@ def op_convolutions(meta: Meta, ref: Tensors) -> Tensors:
                 kw |= {"normalize": True, "input_gain": case.get("input_gain")}
             y = operators.modulated_conv2d(x, w, ref[f"{key}/styles"], noise=ref.get(f"{key}/noise"), f=f, **kw)
         else:
-            raise NotImplementedYetError(case["op"])
+            raise UnsupportedError(case["op"])
         ours[f"{key}/y"] = y
         if f"{key}/r" in ref:
             grads = torch.autograd.grad((y * ref[f"{key}/r"]).sum(), (x, w))
