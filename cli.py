@@ -85,6 +85,14 @@ COMMANDS = {
         "find the nearest training slices of every synthetic slice, beside what is by chance",
         "standin memorization runs/stylegan2/synthetic data/brats2021 runs/stylegan2/nearest",
     ),
+    "quality": Command(
+        "evaluation.quality",
+        "quality",
+        "score a synthetic set in feature spaces, beside what real slices of other patients get",
+        "standin quality runs/stylegan2/synthetic data/brats2021 runs/stylegan2/quality\n"
+        "standin quality runs/stylegan2/synthetic data/brats2021 runs/stylegan2/quality "
+        "--features '[imagenet, runs/copy_detector/checkpoints/last.ckpt]'",
+    ),
     "release": Command(
         "evaluation.release",
         "release",

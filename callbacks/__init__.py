@@ -1,6 +1,7 @@
 """Callbacks: glue between training rules and metrics; no mathematics here."""
 
 from callbacks.atomic_checkpoint import AtomicCheckpointIO
+from callbacks.curves import CurvesCSV
 from callbacks.dice import Dice
 from callbacks.ema import EMA
 from callbacks.equivariance import Equivariance
@@ -18,6 +19,7 @@ from callbacks.synthetic_dataset import SyntheticDataset
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "CurvesCSV",
     "Dice",
     "Equivariance",
     "Evaluation",

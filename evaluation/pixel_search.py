@@ -45,6 +45,11 @@ BYTES_PER_NEIGHBOUR = 24
 SPEED_PERIOD_SECONDS = 1800.0
 
 
+def chosen_device(name: str) -> torch.device:
+    """The device of that name; auto: a GPU if there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 @dataclass(frozen=True)
 class PixelSearch:
     """How to search.
@@ -89,8 +94,7 @@ class PixelSearch:
     @property
     def where(self) -> torch.device:
         """The device."""
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(automatic if self.device == "auto" else self.device)
+        return chosen_device(self.device)
 
     @property
     def memory_bytes(self) -> int:

@@ -17,8 +17,8 @@ import pandas as pd
 from datamodules.slice_set import Slices, SliceSet, write_atomically
 from evaluation.attack import equal_shares, fewest_slices, membership_table, nearest_synthetic
 from evaluation.detectors import Detector, Found
-from evaluation.embedding_search import Embed, embed_set
-from evaluation.feature_scores import feature_scores
+from evaluation.embedding_search import Embed
+from evaluation.feature_scores import scores_of_sets
 from evaluation.memorization import JOINT, name_suspicious
 from evaluation.pixel_search import PixelSearch
 from evaluation.sensitivity import sensitivity
@@ -109,7 +109,7 @@ def run_release_tests(
     }
     if len(kept):
         tables["membership"] = _membership(parts, kept, embed, search, folder, losses)
-        tables["features"] = _features(parts, kept, {"copy detector": embed, **spaces})
+        tables["features"] = scores_of_sets(parts.training, parts.held_out, kept, {"copy detector": embed, **spaces})
     return Results(removed, found, tables, _criteria(parts, tables, removed, filter_by, thresholds))
 
 
@@ -171,15 +171,6 @@ def _membership(
     likely = pd.DataFrame({"patient": losses["patient"], "loss": -losses["loss"]})
     sides = [likely[likely["patient"].isin(part.patients)] for part in (parts.training, parts.held_out)]
     return pd.concat([table, membership_table(sides[0], sides[1])], ignore_index=True)
-
-
-def _features(parts: Parts, kept: SliceSet, spaces: Mapping[str, Embed]) -> pd.DataFrame:
-    patients = parts.training.index["patient"].to_numpy(dtype=object)
-    tables = []
-    for name, embed in spaces.items():
-        training, held_out, synthetic = (embed_set(part, embed) for part in (parts.training, parts.held_out, kept))
-        tables.append(feature_scores(training, held_out, synthetic, patients).assign(features=name))
-    return pd.concat(tables, ignore_index=True)
 
 
 def _criteria(

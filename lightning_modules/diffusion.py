@@ -209,6 +209,12 @@ class Diffusion(ImageGenerator):
         """Image i from `(seed, i)`: start, noise of every step and condition from a counter-based generator."""
         return self._sample(index, seed, self.levels)
 
+    @property
+    def evaluations_per_image(self) -> int:
+        """Those of the sampler; guidance doubles them."""
+        guided = bool(self.conditions.width) and self.guidance != 1
+        return self.sampler.evaluations(self.sampler.steps) * (1 + guided)
+
     def try_out(self, index: Tensor) -> None:
         """Take two steps."""
         self._sample(index, 0, [*self.levels[:2], CLEAN] if len(self.levels) > 2 else self.levels)

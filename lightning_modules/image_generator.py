@@ -231,6 +231,11 @@ class ImageGenerator(ImageClockModule):
             float (N, 5, H, W), nominally in [-1, 1].
         """
 
+    @property
+    def evaluations_per_image(self) -> int:
+        """How often the network is evaluated for an image."""
+        return 1
+
     def try_out(self, index: Tensor) -> None:
         """Take the memory that `generate` takes, in less time where that is possible."""
         self.generate(index, 0)

@@ -34,6 +34,7 @@ class Segmenter:
     """A segmenter run: its record, its counts, and Dice (patients x entities) under both conventions."""
 
     name: str
+    folder: Path
     run: Mapping[str, Any]
     counts: pd.DataFrame
     dice: pd.DataFrame
@@ -57,6 +58,15 @@ class Arm:
     source: str
     settings: tuple[str, ...]
     segmenters: Sequence[Segmenter]
+
+    @property
+    def stem(self) -> str:
+        """What the names of its runs begin with, all of them."""
+        first, *others = [one.name for one in self.segmenters]
+        if not others:
+            return first
+        shared = takewhile(lambda letters: len(set(letters)) == 1, zip(first, *others, strict=False))
+        return "".join(letters[0] for letters in shared).rstrip("-_ ").removesuffix("seed").rstrip("-_ ") or first
 
     @property
     def model(self) -> str:
@@ -147,16 +157,7 @@ def _names(arms: Sequence[Arm]) -> list[str]:
     """Name arms by what they were trained on and, where several share that, by what their runs are called."""
     several_sources = len({arm.source for arm in arms if arm.source}) > 1
     names = [f"{arm.kind} ({arm.source})" if arm.source and several_sources else arm.kind for arm in arms]
-    return [f"{name}: {_stem(arm)}" if names.count(name) > 1 else name for arm, name in zip(arms, names, strict=True)]
-
-
-def _stem(arm: Arm) -> str:
-    """What the names of the runs begin with, all of them."""
-    first, *others = [one.name for one in arm.segmenters]
-    if not others:
-        return first
-    shared = takewhile(lambda letters: len(set(letters)) == 1, zip(first, *others, strict=False))
-    return "".join(letters[0] for letters in shared).rstrip("-_ ").removesuffix("seed").rstrip("-_ ") or first
+    return [f"{name}: {arm.stem}" if names.count(name) > 1 else name for arm, name in zip(arms, names, strict=True)]
 
 
 def _settings(run: Mapping[str, Any]) -> tuple[str, ...]:
@@ -183,7 +184,7 @@ def _read_segmenter(folder: Path) -> Segmenter:
     total = 2 * counts["tp"] + counts["fp"] + counts["fn"]
     scored = counts.assign(score=2 * counts["tp"] / total.where(total > 0))
     wide = scored.pivot(index="patient", columns="entity", values="score").sort_index()[list(ENTITIES)]
-    return Segmenter(run["name"], run, counts, _with_class_mean(wide), _with_class_mean(wide.fillna(1.0)))
+    return Segmenter(run["name"], folder, run, counts, _with_class_mean(wide), _with_class_mean(wide.fillna(1.0)))
 
 
 def _arm_kind(run: Mapping[str, Any]) -> ArmKind:

@@ -27,8 +27,8 @@ DICE_COLUMNS = (
     "dice_empty_one",
 )  # fmt: skip
 RATIO_COLUMNS = (
-    "arm", "baseline", "entity", "pairs", "dropped", "ratio", "ci_low", "ci_high", "ratio_empty_one", "p_wilcoxon",
-    "p_holm",
+    "arm", "kind", "source", "runs", "baseline", "entity", "pairs", "dropped", "ratio", "ci_low", "ci_high",
+    "ratio_empty_one", "p_wilcoxon", "p_holm",
 )  # fmt: skip
 MEMORIZATION_NUMBERS = (
     "slices", "held_out_slices", "median", "median_held_out", "q95", "q95_held_out", "max", "max_held_out",
@@ -203,8 +203,8 @@ def ratio_table(study: Study) -> pd.DataFrame:
             interval, test = bootstrap_ratio(a, b), paired_wilcoxon(a, b)
             one = bootstrap_ratio(real.dice_empty_one(entity), arm.dice_empty_one(entity), n_resamples=1)
             rows.append(
-                (arm.name, real.name, entity, interval.n, interval.dropped, interval.estimate, interval.low,
-                 interval.high, one.estimate, test.p, np.nan)
+                (arm.name, arm.kind, arm.source, arm.stem, real.name, entity, interval.n, interval.dropped,
+                 interval.estimate, interval.low, interval.high, one.estimate, test.p, np.nan)
             )  # fmt: skip
     table = pd.DataFrame(rows, columns=list(RATIO_COLUMNS))
     if rows:

@@ -5,10 +5,12 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fake_slices import GENERATORS, generator_args, stylegan2_args, train, unet_args, write_slice_set
 
+from callbacks.curves import read_curves
 from datamodules.slice_set import SliceSet
 
 AUGMENTATION = [
@@ -27,6 +29,8 @@ def assert_same_run(one: Path, other: Path, same_bytes: list[str]) -> None:
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert different == []
     assert json.loads((one / "metrics.json").read_text()) == json.loads((other / "metrics.json").read_text())
+    pd.testing.assert_frame_equal(read_curves(one), read_curves(other))
+    assert len(read_curves(one))
     for name in same_bytes:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 

@@ -160,7 +160,9 @@ def test_the_page_loads_nothing_from_elsewhere_and_holds_its_figures(report):
     assert not re.search(r"https?://|url\(|@import|<script", page)
     drawn = {path.stem for path in (report.parent / "figures").glob("*.png")}
     assert drawn == {"dice_per_patient", "ratio_to_real", "classes", "memorization-gan", "nearest-gan", "examples-gan"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (report.parent / "figures").iterdir())
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (report.parent / "figures").glob("*.png"))
+    charts = {path.stem for path in (report.parent / "figures").glob("*.svg")}
+    assert charts == {"dice_per_patient", "ratio_to_real", "classes", "memorization-gan"}
     assert page.count("<figure") == len(drawn)
     assert not list(report.parent.rglob("*.tmp"))
 

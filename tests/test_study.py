@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
         }
     },
     "memorization": {"max_shift_px": 0, "false_alarm_rate": 0.2},
+    "features": ["imagenet"],
     "segmenters": {
         "unet": {
             "config": "configs/laptop/unet.yaml",
@@ -47,11 +48,11 @@ TINY: dict[str, Any] = {
     "seeds": [0],
 }
 STUDIES = {
-    "quickstart": {"phantom": 1, "generator": 1, "memorization": 1, "segmenter": 3},
-    "laptop": {"phantom": 1, "generator": 6, "memorization": 6, "segmenter": 52},
-    "paper_brats2020": {"generator": 5, "memorization": 5, "segmenter": 440},
-    "paper_brats2021": {"generator": 5, "memorization": 5, "segmenter": 440},
-    "real15": {"generator": 2, "memorization": 2, "segmenter": 15},
+    "quickstart": {"phantom": 1, "generator": 1, "memorization": 1, "quality": 1, "segmenter": 3},
+    "laptop": {"phantom": 1, "generator": 6, "memorization": 6, "quality": 6, "copy_detector": 1, "segmenter": 52},
+    "paper_brats2020": {"generator": 5, "memorization": 5, "quality": 5, "copy_detector": 1, "segmenter": 440},
+    "paper_brats2021": {"generator": 5, "memorization": 5, "quality": 5, "copy_detector": 1, "segmenter": 440},
+    "real15": {"generator": 2, "memorization": 2, "quality": 2, "copy_detector": 1, "segmenter": 15},
 }
 """How many jobs of each rule that is not there exactly once."""
 
@@ -91,7 +92,8 @@ def test_study_goes_from_phantom_to_report_and_reruns_exactly_what_depends_on_a_
     dice = pd.read_csv(out / "report" / "tables" / "dice.csv")
     assert dice["arm"].nunique() == 3
     assert dice["dice"].between(0, 1).any()
-    assert (out / "stylegan2" / "nearest" / "judgement.csv").is_file()
+    for name in ("search", "quality", "distances", "curves", "cost"):
+        assert len(pd.read_csv(out / "report" / "tables" / f"{name}.csv")), name
 
     assert "Nothing to be done" in snakemake(config)
 
@@ -100,11 +102,11 @@ def test_study_goes_from_phantom_to_report_and_reruns_exactly_what_depends_on_a_
 
     end = {"report": 1, "all": 1}
     slower = "generators={stylegan2: {model.generator_lr: 0.001}}"
-    assert planned(slower) == {"generator": 1, "memorization": 1, "segmenter": 2, **end}
+    assert planned(slower) == {"generator": 1, "memorization": 1, "quality": 1, "segmenter": 2, **end}
     assert planned("arms={synthetic: {data.val_fraction: 0.1}}") == {"segmenter": 1, **end}
     assert planned("memorization={max_shift_px: 1}") == {"memorization": 1, **end}
     assert planned("seeds=[0, 1]") == {"segmenter": 3, **end}
-    every = {"prepare": 1, "generator": 1, "memorization": 1, "segmenter": 3, **end}
+    every = {"prepare": 1, "generator": 1, "memorization": 1, "quality": 1, "segmenter": 3, **end}
     assert planned("prepare={size_px: 32}") == every
     # How many GPUs and nodes a training gets makes no difference to its result.
     assert "Nothing to be done" in snakemake(config, "--dry-run", "--config", "gpus={stylegan2: 4}", "nodes={unet: 2}")
@@ -134,7 +136,7 @@ def test_shipped_studies_plan_every_step(study: str, tmp_path: Path) -> None:
 def test_release_of_a_study_waits_for_report_and_copy_detector(tmp_path: Path) -> None:
     plan = snakemake(ROOT / "study" / "laptop.yaml", "--dry-run", "release", "--config", f"out={tmp_path}/out")
     assert jobs(plan) == {
-        **STUDIES["laptop"], "prepare": 1, "report": 1, "copy_detector": 1, "release_of": 6, "release": 1,
+        **STUDIES["laptop"], "prepare": 1, "report": 1, "release_of": 6, "release": 1,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from fake_slices import ROOT, generator_args, shrunk, stylegan2_args, train, une
 from scipy.stats import pearsonr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks.curves import read_curves
 from callbacks.synthetic_dataset import power_of_two_below
 from datamodules.slice_set import SliceSet, read_manifest
 from train import main
@@ -95,6 +96,20 @@ def test_tensorboard_shows_curves_over_images_and_pictures(generator_run, segmen
     events = EventAccumulator(str(segmenter_run)).Reload()
     assert [e.step for e in events.Scalars("dice/val/WT")] == [16, 32, 48]
     assert "segmentation/val" in events.Tags()["images"]
+    curves = read_curves(segmenter_run)
+    of_one = curves[curves["metric"] == "dice/val/WT"]
+    assert of_one["step"].tolist() == [16, 32, 48]
+    assert of_one["value"].tolist() == pytest.approx([e.value for e in events.Scalars("dice/val/WT")])
+
+
+def test_another_logger_takes_the_place_of_both(slice_set, tmp_path):
+    folder = tmp_path / "run"
+    logger = "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: LOGS}}"
+    train([*unet_args(folder, slice_set), logger.replace("LOGS", str(tmp_path / "logs"))])
+    (table,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert "dice/val/WT" in pd.read_csv(table).columns
+    assert not list(folder.glob("events.*"))
+    assert not (folder / "curves.csv").exists()
 
 
 def test_segmenter_run_leaves_dice_of_every_test_patient(segmenter_run):

@@ -1,0 +1,71 @@
+"""Curves of a run as CSV, beside those in TensorBoard."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = ("step", "metric", "value")
+FILE = "curves.csv"
+
+
+class CurvesCSV(Logger):
+    """Append every logged number to `<save_dir>/curves.csv`, one line each: step, metric, value.
+
+    Step is what TensorBoard shows, the images seen. Lines are only ever added (Lightning's CSVLogger begins a new file
+    when a run is resumed); those of an epoch that was repeated are there twice, and `read_curves` takes the last.
+
+    Args:
+        save_dir: folder of the run.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self._path = Path(save_dir) / FILE
+
+    @property
+    def name(self) -> str:
+        """None; the file is in the folder itself."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """None."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the file."""
+        return str(self._path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: argparse.Namespace | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Leave them to config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a line for every number but the epoch."""
+        lines = [(step, name, float(value)) for name, value in metrics.items() if name != "epoch"]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows(lines if file.tell() else [COLUMNS, *lines])
+
+
+def read_curves(folder: Path) -> pd.DataFrame:
+    """Read the curves of a run: step, metric, value, sorted by metric and step; empty if the run has none.
+
+    A line that a crash has cut off is passed over.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return pd.DataFrame(columns=list(COLUMNS))
+    table = pd.read_csv(path, on_bad_lines="skip").dropna(subset=list(COLUMNS[:2]))
+    table = table.drop_duplicates(["step", "metric"], keep="last")
+    return table.sort_values(["metric", "step"], ignore_index=True)

@@ -1,0 +1,179 @@
+"""The sentences of the report: which set stands in for the real one, at what price, at what risk, and what to doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation.memorization import JOINT
+from study.arms import CLASS_MEAN
+from study.results import ALL_MODALITIES, FEW_PATIENTS, NULL_QUANTILE, Study
+from study.words import Tables, number, percent, percent_interval, rows_of
+
+
+def headline(tables: Tables) -> str:
+    """Say which synthetic set stands in for the real one best, at what price in Dice and at what risk.
+
+    Empty where nothing was trained on synthetic slices alone and on real ones.
+    """
+    rows = rows_of(tables["ratio_to_real"], entity=CLASS_MEAN, kind="synthetic")
+    rows = [row for row in rows if not np.isnan(row["ratio"])]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["ratio"])
+    dice = {row["arm"]: row["dice"] for row in rows_of(tables["dice"], entity=CLASS_MEAN)}
+    price = dice[best["baseline"]] - dice[best["arm"]]
+    share = percent_interval(best["ratio"], best["ci_low"], best["ci_high"], long=True)
+    among = f" of {len(rows)} arms" if len(rows) > 1 else ""
+    text = (
+        f"{best['source'] or 'The synthetic set'} stands in for the real slices best{among}: trained on its slices "
+        f"alone, {best['runs']} reaches {share} of the real Dice, a price of {number(price)}"
+    )
+    if best["ci_low"] <= 1 <= best["ci_high"]:
+        text += ", which is not more than chance between these patients"
+    return f"{text}. {_risk(tables, best['source'])}"
+
+
+def _risk(tables: Tables, generator: str) -> str:
+    for row in rows_of(tables["search"], generator=generator, score=JOINT):
+        share = percent_interval(row["share"], row["ci_low"], row["ci_high"], long=True)
+        chance = percent(row["false_alarm_rate"])
+        if np.isnan(row["ci_low"]):
+            verdict = "with so few held-out patients that nothing is established"
+        elif row["ci_low"] > row["false_alarm_rate"]:
+            verdict = "more than chance"
+        else:
+            verdict = "no more than chance explains"
+        return (
+            f"The risk: {share} of its slices are suspiciously near to training slices, where chance puts {chance}: "
+            f"{verdict}."
+        )
+    return ""
+
+
+def search_sentences(tables: Tables) -> list[str]:
+    """What the search over flips and shifts says of every generator."""
+    sentences = []
+    for row in rows_of(tables["search"], score=JOINT):
+        flips = "left-right flips and " if row["mirror"] else ""
+        share = percent_interval(row["share"], row["ci_low"], row["ci_high"], long=True)
+        sentences.append(
+            f"Searched over {flips}shifts of up to {row['max_shift_px']} pixels, within the brain and with the label "
+            f"too, {share} of the slices of {row['generator']} are suspiciously near to training slices (chance: "
+            f"{percent(row['false_alarm_rate'])}). They come near to {row['reproduced_patients']} of "
+            f"{row['training_patients']} training patients."
+        )
+    return sentences
+
+
+def usefulness_sentences(study: Study, tables: Tables) -> list[str]:
+    """What share of the real Dice each arm with synthetic slices reaches, as sentences."""
+    if not study.arms:
+        return ["No segmenter was given, so nothing is said about usefulness."]
+    if not any(arm.kind == "real" for arm in study.arms):
+        return ["No segmenter was trained on real slices only, so there is nothing to compare with."]
+    sentences = []
+    for arm, real in study.compared():
+        row = rows_of(tables["ratio_to_real"], arm=arm.name, entity=CLASS_MEAN)[0]
+        own, reference = (
+            rows_of(tables["dice"], arm=name, entity=CLASS_MEAN)[0]["dice"] for name in (arm.name, real.name)
+        )
+        source = arm.source or "synthetic"
+        how = {
+            "synthetic": f"Trained only on the synthetic slices of {source}",
+            "real + synthetic": f"Trained on real slices and those of {source} together",
+        }[arm.kind]
+        share = percent_interval(row["ratio"], row["ci_low"], row["ci_high"], long=True)
+        sentences.append(
+            f"{how}, the segmenter reaches {share} of the Dice of training on real slices ({number(own)} against "
+            f"{number(reference)}; mean of the three classes, {len(study.patients)} unseen patients)."
+        )
+    return sentences or ["No segmenter was trained on synthetic slices."]
+
+
+def safety_sentence(row: dict[str, Any]) -> str:
+    """Whether synthetic slices are nearer to training slices than unseen patients are; `row` is of the joint search."""
+    name = row["generator"]
+    if not row["slices"] or np.isnan(row.get("median", np.nan)):
+        return f"The slices of {name} are constant images or none could be compared: memorization is undefined."
+    expected = 1 - NULL_QUANTILE
+    slices = f"synthetic slices of {name}"
+    if np.isnan(row["ci_low"]):
+        few = row["held_out_patients"]
+        verdict = (
+            f"With {few} held-out patient{'s' * (few != 1)} it cannot be said whether the {slices} are nearer to the "
+            "training slices than unseen patients are"
+        )
+    elif row["ci_low"] > expected:
+        verdict = f"The {slices} are nearer to the training slices than unseen patients are"
+    elif row["ci_high"] < expected:
+        verdict = f"The {slices} are less near to the training slices than unseen patients are"
+    else:
+        verdict = f"The {slices} are not measurably nearer to the training slices than unseen patients are"
+    share = percent_interval(row["share_above_q95"], row["ci_low"], row["ci_high"], long=True)
+    beyond = round(row["share_above_max"] * row["slices"])
+    worst = (
+        f"{beyond} of {row['slices']} are nearer than every held-out slice: look at the nearest pairs below."
+        if beyond
+        else "None is nearer than the nearest held-out slice."
+    )
+    return (
+        f"{verdict}: largest correlation {number(row['median'])} (median) against {number(row['median_held_out'])} for "
+        f"held-out patients; {share} of them lie above the held-out 95th percentile, where chance puts 5\u00a0%. "
+        f"{worst}"
+    )
+
+
+def warnings(study: Study, memorization: pd.DataFrame) -> list[str]:
+    """What a reader must know before believing the numbers; `memorization` is the table of that name."""
+    found = []
+    runs = [one.run for one in study.runs]
+    n = len(study.patients)
+    if study.arms and n < FEW_PATIENTS:
+        found.append(
+            f"Only {n} test patients (fewer than {FEW_PATIENTS}): intervals are wide and, from a bootstrap of so few, "
+            "rather too narrow than too wide. Read them as a rough guide."
+        )
+    few = sorted({int(row["held_out_patients"]) for row in rows_of(memorization, image=ALL_MODALITIES)})
+    if few and few[0] < FEW_PATIENTS:
+        found.append(
+            f"The null of the memorization check comes from only {few[0]} held-out patient{'s' * (few[0] != 1)}."
+        )
+    commits = sorted({str(run["git_commit"])[:8] for run in runs})
+    if len(commits) > 1:
+        found.append(f"The runs come from different versions of the program (commits {', '.join(commits)}).")
+    dirty = [run["name"] for run in runs if run["git_dirty"]]
+    if dirty:
+        found.append(f"Made with uncommitted changes of the program: {', '.join(dirty)}.")
+    found += _foreign_data(study)
+    split_of = dict(zip(study.real.index["patient"], study.real.index["split"], strict=True))
+    leaked = [patient for patient in study.patients if split_of.get(patient) == "train"]
+    if leaked:
+        found.append(
+            f"{len(leaked)} test patients are in the training split of {study.real.root}: {', '.join(leaked[:5])}. "
+            "Their Dice is not that of unseen patients."
+        )
+    unknown = [patient for patient in study.patients if patient not in split_of]
+    if unknown:
+        found.append(f"{len(unknown)} test patients are not in {study.real.root}: {', '.join(unknown[:5])}.")
+    seen = {str(p) for g in study.generators for p in g.synthetic.manifest.content.get("patients_seen", [])}
+    seen &= set(study.patients)
+    if seen:
+        found.append(f"Generators were trained on {len(seen)} of the test patients: {', '.join(sorted(seen)[:5])}.")
+    return found
+
+
+def _foreign_data(study: Study) -> Iterator[str]:
+    known = {study.real.manifest.fingerprint: "real"}
+    known |= {g.synthetic.manifest.fingerprint: g.name for g in study.generators}
+    for one in study.runs:
+        for part in one.run["training_sets"]:
+            if part["fingerprint"] not in known:
+                whose = "the real set" if part["kind"] == "real" else "any generator"
+                yield (
+                    f"{one.name} was trained on {part['root']} (fingerprint {part['fingerprint'][:8]}), which is not "
+                    f"the set of {whose} of this report: it has changed since, or is another one."
+                )
