@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -30,6 +31,7 @@ NOISE = (
     r".*It is recommended to use `self.log.*sync_dist=True.*",  # what we log is the same on all ranks
 )
 BASE = Path(__file__).parent / "configs" / "base.yaml"
+OURS = ("callbacks", "datamodules", "lightning_modules", "evaluation", "metrics")
 Task = Literal["fit", "validate", "test", "predict"]
 
 
@@ -154,7 +156,18 @@ def main(args: list[str] | None = None) -> None:
         cli = build(args)
     except (ValueError, TypeError, MisconfigurationException, OmegaConfBaseException) as error:
         sys.exit(f"train.py: {error}")
-    run(cli.trainer, cli.model, cli.datamodule, Path(cli.config.run_dir), cli.config.task)
+    try:
+        run(cli.trainer, cli.model, cli.datamodule, Path(cli.config.run_dir), cli.config.task)
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        sys.exit(f"train.py: {error}")
+
+
+def is_refusal(error: ValueError) -> bool:
+    """Whether a module of ours has raised it, to say what does not fit; others' errors keep their traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in OURS
 
 
 if __name__ == "__main__":

@@ -104,7 +104,11 @@ class RunRecord(Callback):
             "model_selection": {"validation": datamodule.validation, "slices": len(datamodule.validation_slices)},
             "validation_patients": datamodule.val_patients,
             "test_patients": datamodule.test_patients,
-            "leak_guard": {"closest_images": datamodule.guard.closest, "same_patient_up_to": SAME_PATIENT},
+            "leak_guard": {
+                "closest_images": datamodule.guard.closest,
+                "same_patient_up_to": SAME_PATIENT,
+                "different_patients": datamodule.different_patients,
+            },
             "command": sys.argv,
             "processes": trainer.world_size,
             "precision": str(trainer.precision),

@@ -50,6 +50,8 @@ class BraTSDataModule(LightningDataModule):
         val_fraction: share of the training patients for validation where the set has none, 0 for generators; with
             synthetic validation, share of the synthetic slices.
         augmentation: transform of training slices, done by the GPU or, if there is none, by the loader processes.
+        different_patients: pairs of patients whom the leak guard takes for one because their images are alike, and who
+            are known to be two; they are recorded in run.json.
         num_workers: loader processes per training process; 0 reads in the process itself.
         seed: order of the data, draw of the parts, of the validation patients and slices.
 
@@ -69,6 +71,7 @@ class BraTSDataModule(LightningDataModule):
         eval_batch_size: int = 32,
         val_fraction: float = 0.0,
         augmentation: Augmentation | None = None,
+        different_patients: list[tuple[str, str]] | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -82,6 +85,7 @@ class BraTSDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self.augmentation = augmentation
+        self.different_patients = different_patients or []
         self.num_workers = num_workers
         self.seed = seed
         problems = problems_of(self.parts, oversampling)
@@ -166,7 +170,7 @@ class BraTSDataModule(LightningDataModule):
         held_out = {"test": Seen.of_slices(self.real_test, aliases)}
         if len(self.real_val):
             held_out["validation"] = Seen.of_slices(self.real_val, aliases)
-        self.guard = LeakGuard(self.root, held_out, self.carved)
+        self.guard = LeakGuard(self.root, held_out, self.carved, self.different_patients)
         self.seen_in, problems = [], []
         for part in self.training_sets:
             is_real = part.manifest.kind == "real"

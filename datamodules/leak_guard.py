@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from datamodules.slice_set import Manifest, SliceSet
 _NAME_COLUMN = re.compile(r"brats|patient|subject|(?:^|[^a-z])id(?:$|[^a-z])", re.IGNORECASE)
 _NAME = re.compile(r"(?=.*[A-Za-z])(?=.*\d).{5,}")
 _TIME_POINT = re.compile(r"(?i)(brats-[a-z]+-\d{5})-\d{3}")
+
+OVERRIDE = "If you know that alike images are of different people: --data.different_patients '[[ONE, OTHER]]'."
 
 Aliases = Mapping[str, frozenset[str]]
 """Name -> all names of that patient, itself included, each as `same_name` writes it."""
@@ -155,8 +157,15 @@ class Leaks:
     closest: float | None
 
 
-def find_leaks(held_out: Seen, seen: Seen) -> Leaks:
-    """Find the held-out patients who were seen, by name, by a table of names, or by their images."""
+def find_leaks(held_out: Seen, seen: Seen, different: Iterable[tuple[str, str]] = ()) -> Leaks:
+    """Find the held-out patients who were seen, by name, by a table of names, or by their images.
+
+    Args:
+        held_out: by whom a model is judged.
+        seen: by whom it was trained.
+        different: pairs of patients who are not the same although their images are alike.
+    """
+    known_different = {frozenset(map(same_name, pair)) for pair in different}
     owners = {same_name(name): patient for patient in seen.patients for name in _names(seen, patient)}
     found: dict[str, str] = {}
     for patient in held_out.patients:
@@ -168,7 +177,8 @@ def find_leaks(held_out: Seen, seen: Seen) -> Leaks:
     for patient, signatures in held_out.signatures.items() if others else ():
         for place, share in nearest(signatures, [one for one, _ in others]):
             closest = share if closest is None else min(closest, share)
-            if share <= SAME_PATIENT:
+            alike = frozenset((same_name(patient), same_name(others[place][1])))
+            if share <= SAME_PATIENT and alike not in known_different:
                 found.setdefault(patient, f"{patient}, whose images are those of {others[place][1]}")
     return Leaks(found, closest)
 
@@ -184,13 +194,16 @@ class LeakGuard:
         root: of the set that they are from, for messages.
         held_out: split -> its patients.
         carved: whether the validation patients were taken from the training patients of the set.
+        different: pairs of patients who are not the same although their images are alike.
 
     Attributes:
         closest: split -> smallest share of differing bits of two signatures so far.
     """
 
-    def __init__(self, root: str, held_out: Mapping[str, Seen], carved: bool) -> None:
-        self.root, self.held_out, self.carved = root, held_out, carved
+    def __init__(
+        self, root: str, held_out: Mapping[str, Seen], carved: bool, different: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.root, self.held_out, self.carved, self.different = root, held_out, carved, different
         self.closest: dict[str, float] = {}
 
     def problems_with(self, what: str, seen: Seen, is_real: bool = False) -> list[str]:
@@ -206,7 +219,7 @@ class LeakGuard:
         """
         problems = []
         for split, held_out in self.held_out.items():
-            leaks = find_leaks(held_out, seen)
+            leaks = find_leaks(held_out, seen, self.different)
             if leaks.closest is not None:
                 self.closest[split] = min(leaks.closest, self.closest.get(split, 1.0))
             if not leaks.found:
@@ -223,6 +236,7 @@ class LeakGuard:
                 problems.append(
                     f"{what} {len(leaks.found)} patients of the {split} split of {self.root} ({names}). Train on other "
                     "patients, and generators on the same split."
+                    f"{' ' + OVERRIDE if any('whose images' in found for found in leaks.found.values()) else ''}"
                 )
         if seen.unknown:
             warnings.warn(

@@ -200,6 +200,16 @@ def test_the_same_images_twice_in_one_set(tmp_path):
         ready(root)
 
 
+def test_alike_images_of_people_who_are_known_to_be_different(root, tmp_path):
+    alike = real_set(tmp_path / "alike", {"X": "train"}, {"X": images_of(root, "P3")})
+    with pytest.raises(ValueError, match=r"different_patients '\[\[ONE, OTHER\]\]'"):
+        trained_on(root, alike)
+    trained_on(root, alike, different_patients=[("X", "P3")])
+    by_name = real_set(tmp_path / "by_name", {"P3": "train"})
+    with pytest.raises(ValueError, match=r"by_name contains 1 patients of the test .*\(P3\)"):
+        trained_on(root, by_name, different_patients=[("P3", "P3")])
+
+
 def test_a_generator_that_saw_the_same_images_at_another_size(root, tmp_path):
     large = {"X": np.repeat(np.repeat(images_of(root, "P3"), 2, axis=2), 2, axis=3)}
     seen = ready(real_set(tmp_path / "large", {"X": "train", "Y": "test"}, large | {"Y": heads(6, 32, seed=[9])})).seen

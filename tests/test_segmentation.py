@@ -249,6 +249,7 @@ def test_training_of_a_size_that_does_not_fit_does_not_begin(slice_set, tmp_path
     assert refused.returncode != 0
     assert "cannot be trained on 8 slices of 4 modalities and 16 x 16 px" in refused.stderr
     assert "it takes 32, 48, 64" in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert not (tmp_path / "checkpoints").exists()
 
 
