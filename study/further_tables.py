@@ -26,14 +26,17 @@ SEARCHED_SCORES = (JOINT, "all", "brain all", "label")
 
 
 def distance_per_patient(arm: Arm, metric: str, entity: str) -> pd.DataFrame:
-    """A distance of every patient: (patients, seeds), NaN where it is undefined; no columns if nothing was judged."""
+    """A distance of every patient: (patients, seeds), NaN where it is infinite or undefined.
+
+    There are no columns if nothing was judged.
+    """
     columns = {}
     for one in arm.segmenters:
         if (one.folder / "evaluation" / "summary.json").is_file():
             table = read_results(one.folder).table
             of_entity = table[table["entity"] == entity]
             columns[one.name] = of_entity.groupby("patient")[metric].mean().reindex(arm.patients)
-    return pd.DataFrame(columns, index=arm.patients)
+    return pd.DataFrame(columns, index=arm.patients).replace([np.inf, -np.inf], np.nan)
 
 
 def distance_table(study: Study) -> pd.DataFrame:
