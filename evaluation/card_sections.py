@@ -98,15 +98,14 @@ def make_sections(card: Card, parts: Parts, results: Results, pictures: Sequence
         _features(tables.get("features")),
         Section("What remains uncertain", [NO_PROOF], _uncertain(parts, results, card)),
         *pictures,
-        Section(
-            "Files",
-            ["SHA-256 of every file; the fingerprint is that of pixels and index of the slice set."]
-            if card.hashes
-            else [],
-            header=("file", "SHA-256") if card.hashes else (),
-            rows=list(card.hashes.items()),
-        ),
+        *_files(card),
     ]
+
+
+def _files(card: Card) -> list[Section]:
+    """None for the card in the evidence, which lies beside no slices."""
+    text = ["SHA-256 of every file; the fingerprint is that of pixels and index of the slice set."]
+    return [Section("Files", text, header=("file", "SHA-256"), rows=list(card.hashes.items()))] if card.hashes else []
 
 
 def _counts(made: SliceSet, kept: SliceSet) -> list[str]:
