@@ -95,7 +95,7 @@ class PixelDetector:
         self.joint = JointStatistic.fit(among_others.values)
         self.held_out = self._found(self._search("held-out", held_out))
         self.null = Null(self.held_out.statistic, held_out.index["patient"].to_numpy(dtype=object))
-        self._values = pixel_values(training, search)
+        self._values = pixel_values(training, search, folder / "looked-up")
 
     def of_set(self, name: str, slices: SliceSet) -> Found:
         """Judge the slices of a set; its table goes to `tables` under `name`."""

@@ -20,7 +20,7 @@ from datamodules.slice_set import MODALITIES, SliceSet, write_atomically
 from evaluation.charts import LIGHT, to_png
 from evaluation.detectors import Found, PixelDetector, thinned
 from evaluation.pixel_search import PixelSearch, search_slices
-from evaluation.sensitivity import Null
+from evaluation.sensitivity import Null, sensitivity
 from evaluation.slice_figures import PictureRow, correlation_densities, slice_rows
 from evaluation.suspicion import judge_scores, reproduced_patients, suspicious
 from evaluation.text import align, interval_text
@@ -43,6 +43,7 @@ def memorization(
     max_shift_px: int = 3,
     false_alarm_rate: float = 0.01,
     null_slices: int | None = None,
+    planted: int = 64,
     memory_gib: float | None = None,
     device: str = "auto",
     shard: int = 0,
@@ -59,12 +60,14 @@ def memorization(
         synthetic: slice set that a generator made; its manifest says whom the generator has seen.
         real: the slice set that it was trained on, with other patients in it.
         out: folder for nearest-synthetic.parquet, nearest-held-out.parquet, nearest-train.parquet, judgement.csv,
-            suspicious.csv, patients.csv, pairs.png, correlations.png and search.json. It shows training patients.
+            suspicious.csv, patients.csv, sensitivity.csv, pairs.png, correlations.png and search.json. It shows
+            training patients.
         k: nearest training slices of every slice, by every score.
         mirror: left-right flips are tried too: twice the work.
         max_shift_px: all shifts of up to that many pixels along each axis are tried: 9, 25, 49, ... times the work.
         false_alarm_rate: share of the slices of held-out patients that would be suspicious.
         null_slices: at most that many slices of each null, evenly spaced; null: all.
+        planted: changed copies of training slices, of each kind, that measure what the search can find; 0: none.
         memory_gib: for queries, blocks and products; null: 2 on a CPU, half of what is free on a GPU.
         device: cpu, cuda, cuda:1, ...; auto: a GPU if there is one.
         shard: number of this process among shards, from 0.
@@ -94,6 +97,10 @@ def memorization(
     for name, table in detector.tables.items():
         write_atomically(out / f"nearest-{name}.parquet", table.to_parquet())
     tables = judge(detector, found, training, false_alarm_rate)
+    if planted:
+        rates = [false_alarm_rate]
+        found_of = sensitivity(detector.of_slices, detector.null, training, planted=planted, false_alarm_rates=rates)
+        tables["sensitivity"] = found_of
     for name, table in tables.items():
         write_atomically(out / f"{name}.csv", table.to_csv(index=False))
     draw_pairs(out / "pairs.png", made, held_out, training, found, detector.held_out)
@@ -115,6 +122,7 @@ def memorization(
         "max_shift_px": max_shift_px,
         "null_slices": null_slices,
         "false_alarm_rate": false_alarm_rate,
+        "planted": planted,
     }
     write_atomically(out / "search.json", json.dumps(description, indent=1) + "\n")
     console.print("\n".join(summary(tables, false_alarm_rate)))
@@ -204,6 +212,10 @@ def summary(tables: Tables, false_alarm_rate: float) -> list[str]:
         f"Suspicious slices come near to {hit} of {len(patients)} training patients"
         + (f", most often {patients['patient'][0]} ({patients['suspicious'][0]} slices)." if hit else "."),
     ]
+    if "sensitivity" in tables:
+        rates = zip(tables["sensitivity"]["kind"], tables["sensitivity"]["rate"], strict=True)
+        shares = ", ".join(f"{kind.replace('_', ' ')} {100 * rate:.0f} %" for kind, rate in rates)
+        lines.append(f"Planted copies that it finds: {shares}.")
     if np.isnan(first["ci_low"]):
         lines.append("Too few held-out patients for an interval: the share may be anything.")
     return lines

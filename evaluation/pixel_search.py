@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from datamodules.slice_set import LEFT_RIGHT_AXIS, MODALITIES, Slices, SliceSet, write_atomically
+from evaluation.remembered import remembered
 from metrics.correlation_search import STRIPE_BYTES, TILE, Search
 from metrics.memorization import memorization_scores, memorization_view
 from metrics.nearest import Nearest
@@ -183,7 +184,7 @@ def search_slices(
     return pd.concat(parts, ignore_index=True)
 
 
-def pixel_values(training: SliceSet, search: PixelSearch) -> Callable[[Slices], pd.DataFrame]:
+def pixel_values(training: SliceSet, search: PixelSearch, folder: Path) -> Callable[[Slices], pd.DataFrame]:
     """Make a function that says how near slices, uint8 (N, 5, H, W), come to any training slice.
 
     Its tables have a row per slice and a column per score: r, or the root mean square difference; NaN without any.
@@ -191,19 +192,22 @@ def pixel_values(training: SliceSet, search: PixelSearch) -> Callable[[Slices], 
     Args:
         training: the slices to compare with.
         search: how; its k does not matter.
+        folder: for the numbers of slices that were looked up before.
     """
     scores = memorization_scores(MODALITIES)
     loader = PixelLoader(training, memorization_view, search.where)
 
-    def values(slices: Slices) -> pd.DataFrame:
+    def values(slices: Slices) -> Floats:
         queries = Pixels.of(torch.from_numpy(slices).to(search.where), view=memorization_view)
         run = Search(queries, scores, 1, search.transforms)
         for first, block in loader.blocks(_divide(search, loader, len(scores), len(slices)).block):
             run.compare(block, first)
         value = np.where(run.nearest.index.cpu() < 0, np.nan, _in_units(run.nearest, scores, training))
-        return pd.DataFrame(value[..., 0].T, columns=[score.name for score in scores])
+        return value[..., 0].T
 
-    return values
+    settings = json.dumps([SEARCH_VERSION, _slices(training), *_transforms(search)])
+    known = remembered(values, settings, folder)
+    return lambda slices: pd.DataFrame(known(slices), columns=[score.name for score in scores])
 
 
 @dataclass(frozen=True)
@@ -245,11 +249,16 @@ def _divide(search: PixelSearch, training: PixelLoader, scores: int, queries: in
 
 def _settings(queries: SliceSet, training: SliceSet, search: PixelSearch, leave_patient_out: bool) -> list[object]:
     """Everything that the numbers depend on."""
-    sets = [
-        [slices.manifest.fingerprint, hashlib.sha256(slices.index[["shard", "row"]].to_csv().encode()).hexdigest()]
-        for slices in (queries, training)
-    ]
-    return [SEARCH_VERSION, *sets, search.k, search.mirror, search.max_shift_px, leave_patient_out]
+    return [SEARCH_VERSION, *map(_slices, (queries, training)), search.k, *_transforms(search), leave_patient_out]
+
+
+def _slices(slices: SliceSet) -> list[str]:
+    rows = slices.index[["shard", "row"]].to_csv()
+    return [slices.manifest.fingerprint, hashlib.sha256(rows.encode()).hexdigest()]
+
+
+def _transforms(search: PixelSearch) -> list[object]:
+    return [search.mirror, search.max_shift_px]
 
 
 def _patients(slices: SliceSet, training: SliceSet) -> torch.Tensor:

@@ -29,7 +29,8 @@ from evaluation.detectors import Detector, EmbeddingDetector, PixelDetector
 from evaluation.feature_spaces import feature_space
 from evaluation.memorization import check_null, draw_pairs, training_and_held_out
 from evaluation.pixel_search import PixelSearch
-from evaluation.release_tests import Parts, Results, remembered, run_release_tests
+from evaluation.release_tests import Parts, Results, run_release_tests
+from evaluation.remembered import remembered
 from evaluation.thresholds import Thresholds
 from lightning_modules.copy_detection import load_copy_detector
 

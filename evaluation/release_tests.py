@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from datamodules.slice_set import Slices, SliceSet, write_atomically
+from datamodules.slice_set import SliceSet
 from evaluation.attack import equal_shares, fewest_slices, membership_table, nearest_synthetic
 from evaluation.detectors import Detector, Found
 from evaluation.embedding_search import Embed
@@ -30,7 +27,6 @@ SLICES_OF_A_PATIENT = 16
 MUST_FIND = {"filter": ("exact", "mirrored"), "test": ("exact",)}
 
 Flags = npt.NDArray[np.bool_]
-Kind = TypeVar("Kind", bound=np.floating[Any])
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def run_release_tests(
         "judgement": _judgement(found, detectors, np.zeros_like(removed), rate),
         "judgement_kept": _judgement(found, detectors, removed, rate),
         **name_suspicious(found[filter_by], detectors[filter_by].null, of_training, rate),
-        "sensitivity": _sensitivity(detectors, parts.training, rate, planted, folder),
+        "sensitivity": _sensitivity(detectors, parts.training, rate, planted),
     }
     if len(kept):
         tables["membership"] = _membership(parts, kept, embed, search, folder, losses)
@@ -145,14 +141,11 @@ def _judgement(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _sensitivity(
-    detectors: Mapping[str, Detector], training: SliceSet, rate: float, planted: int, folder: Path
-) -> pd.DataFrame:
+def _sensitivity(detectors: Mapping[str, Detector], training: SliceSet, rate: float, planted: int) -> pd.DataFrame:
     rates = sorted({rate, 0.05})
     tables = []
     for name, detector in detectors.items():
-        score = remembered(detector.of_slices, name, folder / ".planted")
-        table = sensitivity(score, detector.null, training, planted=planted, false_alarm_rates=rates)
+        table = sensitivity(detector.of_slices, detector.null, training, planted=planted, false_alarm_rates=rates)
         tables.append(table.assign(detector=name))
     return pd.concat(tables, ignore_index=True)
 
@@ -234,31 +227,3 @@ def _criteria(
             )
         )
     return criteria
-
-
-def remembered(
-    function: Callable[[Slices], npt.NDArray[Kind]], settings: str, folder: Path
-) -> Callable[[Slices], npt.NDArray[Kind]]:
-    """Keep the results of a slow function of slices on disk, so that an interrupted command need not repeat them.
-
-    Args:
-        function: uint8 (N, 5, H, W) -> (N, ...).
-        settings: everything else that its results depend on.
-        folder: for the results.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def remembering(slices: Slices) -> npt.NDArray[Kind]:
-        digest = hashlib.sha256(f"{settings}{slices.shape}".encode())
-        digest.update(np.ascontiguousarray(slices).data)
-        path = folder / f"{digest.hexdigest()[:32]}.npy"
-        if path.exists():
-            stored: npt.NDArray[Kind] = np.load(path)
-            return stored
-        result = function(slices)
-        buffer = io.BytesIO()
-        np.save(buffer, result)
-        write_atomically(path, buffer.getvalue())
-        return result
-
-    return remembering

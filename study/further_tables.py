@@ -152,6 +152,17 @@ def search_table(study: Study) -> pd.DataFrame:
     return table[["generator", *table.columns.drop("generator")]]
 
 
+def sensitivity_table(study: Study) -> pd.DataFrame:
+    """Which share of planted copies the same search finds: a row per generator and kind."""
+    tables = []
+    for generator in study.generators:
+        path = generator.folder / "nearest" / "sensitivity.csv"
+        if path.is_file():
+            tables.append(pd.read_csv(path).assign(generator=generator.name))
+    columns = ["generator", "kind", "false_alarm_rate", "rate", "ci_low", "ci_high", "slices"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
 def _check_current(generator: Generator, path: Path, fingerprints: set[str]) -> None:
     own = generator.synthetic.manifest.fingerprint
     if fingerprints != {own}:

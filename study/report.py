@@ -14,7 +14,7 @@ from datamodules.slice_set import write_atomically
 from evaluation.card import STYLE
 from evaluation.text import align
 from study.arms import CLASS_MEAN
-from study.further_tables import cost_table, curve_table, distance_table, quality_table, search_table
+from study.further_tables import cost_table, curve_table, distance_table, quality_table, search_table, sensitivity_table
 from study.pictures import FEW_ARMS, draw_pictures
 from study.results import (
     ALL_MODALITIES,
@@ -84,6 +84,7 @@ def write_report(
         "curves": curve_table(study),
         "quality": quality_table(study),
         "search": search_table(study),
+        "sensitivity": sensitivity_table(study),
         "cost": cost_table(study),
     }
     out = Path(out)

@@ -147,6 +147,7 @@ def test_the_command_writes_tables_with_both_nulls(synthetic, real, tmp_path, ca
         "pairs.png",
         "patients.csv",
         "search.json",
+        "sensitivity.csv",
         "suspicious.csv",
     ]
     tables = {name: pd.read_parquet(out / f"nearest-{name}.parquet") for name in ("synthetic", "held-out", "train")}
@@ -159,6 +160,8 @@ def test_the_command_writes_tables_with_both_nulls(synthetic, real, tmp_path, ca
         own = slices.index["patient"].to_numpy()
         assert (rows["nearest_patient"].astype(str).to_numpy() != own).all()
         assert (training.index["patient"].to_numpy()[rows["nearest"]] == rows["nearest_patient"]).all()
+    found = pd.read_csv(out / "sensitivity.csv").set_index("kind")
+    assert found.loc["exact", ["rate", "false_alarm_rate", "slices"]].tolist() == [1.0, 0.1, 18]  # all there are
     content = json.loads((out / "search.json").read_text())
     assert content["sets"]["held_out"]["patients"] == ["D", "E"]
 
@@ -183,9 +186,11 @@ def test_the_last_of_several_shards_writes_the_tables(synthetic, real, tmp_path,
 def test_slices_in_memory_get_the_values_of_the_table(synthetic, training, tmp_path):
     table = search_slices("synthetic", synthetic, training, tmp_path, NO_SHIFT)
     first = table[table["rank"] == 1].pivot(index="position", columns="score", values="value")
-    found = pixel_values(training, NO_SHIFT)(synthetic.read(range(9)))
+    found = pixel_values(training, NO_SHIFT, tmp_path)(synthetic.read(range(9)))
     assert list(found.columns) == list(table["score"].cat.categories)
     np.testing.assert_array_equal(found, first[found.columns])
+    shifted = pixel_values(training, PixelSearch(1, mirror=False, max_shift_px=1), tmp_path)(synthetic.read(range(9)))
+    assert (shifted["all"] > found["all"]).any()  # what is known of one search is not taken for another
 
 
 def test_nulls_are_thinned_evenly(training):

@@ -20,7 +20,7 @@ from evaluation.attack import equal_shares, membership_table
 from evaluation.feature_scores import feature_scores
 from evaluation.feature_spaces import feature_space
 from evaluation.release import release
-from evaluation.release_tests import remembered
+from evaluation.remembered import remembered
 from evaluation.thresholds import Thresholds, at_least, at_most
 from lightning_modules.copy_detection import CopyDetector
 
@@ -286,13 +286,13 @@ def test_scores_of_training_copies_are_perfect_where_they_are_blind():
 
 def test_a_killed_release_goes_on(synthetic, real, detector, tmp_path, monkeypatch):
     """What was searched, embedded and planted before is not done again."""
-    whole = release_tests.feature_scores
-    monkeypatch.setattr(release_tests, "feature_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    whole = release_tests.scores_of_sets
+    monkeypatch.setattr(release_tests, "scores_of_sets", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     options = {"thresholds": EASY, "max_shift_px": 0, "planted": 4}
     with pytest.raises(KeyboardInterrupt):
         release(synthetic, real, detector, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(release_tests, "feature_scores", whole)
+    monkeypatch.setattr(release_tests, "scores_of_sets", whole)
     monkeypatch.setattr(CopyDetector, "embed_array", None)  # would fail
     files = sorted((tmp_path / "out-evidence" / ".search").rglob("share-*.npz"))
     times = [path.stat().st_mtime_ns for path in files]

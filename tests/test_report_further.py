@@ -60,6 +60,8 @@ def write_search(generator):
     numbers |= {"share": 0.2, "ci_low": 0.1, "ci_high": 0.3}
     scores = ("T1", "all", "joint")
     pd.DataFrame([{"score": score, **numbers} for score in scores]).to_csv(folder / "judgement.csv", index=False)
+    found = {"kind": ["exact", "label_removed"], "false_alarm_rate": 0.01, "rate": [1.0, 0.25], "slices": 8}
+    pd.DataFrame(found | {"ci_low": 0.2, "ci_high": 1.0}).to_csv(folder / "sensitivity.csv", index=False)
     patients = {"patient": ["P000", "P001", "P002", "P003"], "suspicious": [5, 1, 0, 0]}
     pd.DataFrame(patients).to_csv(folder / "patients.csv", index=False)
 
@@ -161,6 +163,7 @@ def test_curves_quality_search_and_cost_are_tables(study):
     assert cost["evaluations_per_image"] == 35
     text = text_of(index)
     assert "Fréchet distance 12.5 4.25 lower memorization" in text
+    assert "label removed 25.0 % (20–100)" in text
     assert {p.stem for p in (index.parent / "figures").glob("*.svg")} >= {"hd95_per_patient", "learning_curves"}
 
 

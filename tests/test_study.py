@@ -92,7 +92,7 @@ def test_study_goes_from_phantom_to_report_and_reruns_exactly_what_depends_on_a_
     dice = pd.read_csv(out / "report" / "tables" / "dice.csv")
     assert dice["arm"].nunique() == 3
     assert dice["dice"].between(0, 1).any()
-    for name in ("search", "quality", "distances", "curves", "cost"):
+    for name in ("search", "sensitivity", "quality", "distances", "curves", "cost"):
         assert len(pd.read_csv(out / "report" / "tables" / f"{name}.csv")), name
 
     assert "Nothing to be done" in snakemake(config)
