@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
+import dis
 import logging
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -165,9 +165,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def is_refusal(error: ValueError) -> bool:
-    """Whether a module of ours has raised it, to say what does not fit; others' errors keep their traceback."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in OURS
+    """Whether a `raise` of ours says what does not fit; other errors keep their traceback."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    frame = last.tb_frame
+    raised = dis.opname[frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in OURS
 
 
 if __name__ == "__main__":

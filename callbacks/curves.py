@@ -53,9 +53,11 @@ class CurvesCSV(Logger):
         """Add a line for every number but the epoch."""
         lines = [(step, name, float(value)) for name, value in metrics.items() if name != "epoch"]
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        known = self._path.read_bytes() if self._path.is_file() else b""
         with self._path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerows(lines if file.tell() else [COLUMNS, *lines])
+            if known and not known.endswith(b"\n"):
+                file.write("\n")  # behind a line that was cut off
+            csv.writer(file).writerows(lines if known else [COLUMNS, *lines])
 
 
 def read_curves(folder: Path) -> pd.DataFrame:
@@ -64,7 +66,7 @@ def read_curves(folder: Path) -> pd.DataFrame:
     A line that a crash has cut off is passed over.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame(columns=list(COLUMNS))
     table = pd.read_csv(path, on_bad_lines="skip").dropna(subset=list(COLUMNS[:2]))
     table = table.drop_duplicates(["step", "metric"], keep="last")

@@ -92,6 +92,8 @@ class SyntheticDataset(Callback):
             written = self.partial / "plan.json"
             if written.exists() and json.loads(written.read_text()) != plan:
                 shutil.rmtree(self.partial)
+            if not written.exists():
+                (self.final.parent / "emission.json").unlink(missing_ok=True)  # that of other weights
             self.partial.mkdir(parents=True, exist_ok=True)
             write_atomically(written, json.dumps(plan))
             missing = [b for b in batches if not self._part(b.start).exists()]

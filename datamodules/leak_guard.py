@@ -173,12 +173,16 @@ def find_leaks(held_out: Seen, seen: Seen, different: Iterable[tuple[str, str]] 
         if who is not None:
             found[patient] = patient if who == patient else f"{patient}, who is {who} by a table of names"
     closest = None
-    others = [(one, patient) for patient, signatures in seen.signatures.items() for one in signatures]
-    for patient, signatures in held_out.signatures.items() if others else ():
-        for place, share in nearest(signatures, [one for one, _ in others]):
+    everybody = [(one, patient) for patient, signatures in seen.signatures.items() for one in signatures]
+    for patient, signatures in held_out.signatures.items():
+        others = [
+            (one, other)
+            for one, other in everybody
+            if frozenset((same_name(patient), same_name(other))) not in known_different
+        ]
+        for place, share in nearest(signatures, [one for one, _ in others]) if others else ():
             closest = share if closest is None else min(closest, share)
-            alike = frozenset((same_name(patient), same_name(others[place][1])))
-            if share <= SAME_PATIENT and alike not in known_different:
+            if share <= SAME_PATIENT:
                 found.setdefault(patient, f"{patient}, whose images are those of {others[place][1]}")
     return Leaks(found, closest)
 

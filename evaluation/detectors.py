@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from datamodules.leak_guard import Seen
 from datamodules.slice_set import Slices, SliceSet
 from evaluation.embedding_search import Embed, EmbeddingIndex
 from evaluation.nearness import JointStatistic, Nearness, larger_is_nearer
@@ -150,3 +151,18 @@ def thinned(slices: SliceSet, at_most: int | None) -> SliceSet:
     if at_most is None or at_most >= len(slices):
         return slices
     return slices.subset(np.linspace(0, len(slices) - 1, at_most).round().astype(np.int64))
+
+
+def refuse_spoilt_null(detector: Path, held_out: SliceSet) -> None:
+    """Refuse a copy detector that has seen held-out patients: it would know them, and so find fewer false alarms.
+
+    Raises:
+        ValueError: naming these patients.
+    """
+    seen = Seen.of_checkpoint(str(detector))
+    known = sorted(set(seen.patients) & set(held_out.patients))
+    if known:
+        raise ValueError(
+            f"{detector} was trained on {len(known)} held-out patients ({', '.join(known[:5])}), who are to calibrate "
+            "it. Train a copy detector on the patients of the generator alone."
+        )

@@ -73,8 +73,9 @@ def feature_scores(
         seed: of divisions.
 
     Returns:
-        A row per score: score, value, real (what real slices of other patients get in the place of synthetic ones),
-        better ("lower", "higher" or "near the real one"), blind_to. NaN where there are too few patients or slices.
+        A row per score: score, value, real (what real slices of other patients get in the place of synthetic ones; NaN
+        for scores that need a third group of patients), better ("lower", "higher", "near 0" or "near the real one"),
+        blind_to. NaN where there are too few patients or slices.
     """
     rng = np.random.default_rng(seed)
     t, h, s = (torch.from_numpy(part) for part in (training, held_out, synthetic))
@@ -93,11 +94,14 @@ def feature_scores(
     if halves is not None and min(len(halves[0]), len(halves[1]), len(s)) > K:
         n = min(len(halves[0]), len(halves[1]), len(s))
         first, second = (t[torch.from_numpy(np.sort(rng.permutation(half)[:n]))] for half in halves)
-        mine, floor_scores = manifold_scores(first, s[:n], K), manifold_scores(first, second, K)
+        mine, floor_scores = (
+            manifold_scores(first, s[rng.permutation(len(s))[:n]], K),
+            manifold_scores(first, second, K),
+        )
         for name in ("precision", "recall", "density", "coverage"):
             add(name, getattr(mine, name), getattr(floor_scores, name), "higher", copies)
     copying = data_copying(t, h, s, _cells(t, h, s, seed), 0.0)
-    add("data-copying C_T", copying.c_t, 0.0, "near the real one", "rare copies")
+    add("data-copying C_T", copying.c_t, np.nan, "near 0", "rare copies")
     numbers = torch.from_numpy(np.unique(training_patients, return_inverse=True)[1])
     if enough:
         add(
@@ -108,12 +112,14 @@ def feature_scores(
             "rare copies",
         )
     likelihood = feature_likelihood(t, h, s, seed=seed)
-    add("feature likelihood divergence", likelihood.fld, 0.0, "lower", "rare copies")
-    add("feature likelihood gap", likelihood.gap, 0.0, "near the real one", "copies that are a little changed")
+    add("feature likelihood divergence", likelihood.fld, np.nan, "lower", "rare copies")
+    add("feature likelihood gap", likelihood.gap, np.nan, "near 0", "copies that are a little changed")
     if len(np.unique(training_patients)) >= MIN_PATIENTS and len(s) >= MIN_PATIENTS:
         found = duplicates(s, t, training_patients, seed=seed)
-        add("share of duplicates", found.share.estimate, found.false_alarm_rate, "lower", "copies of training slices")
-    add("Vendi score", vendi_score(s[: len(t)]), vendi_score(t[: len(s)]), "higher", "quality and copies")
+        add("share of duplicates", found.share.estimate, np.nan, "lower", "copies of training slices")
+    n = min(len(s), len(t))
+    drawn = [part[rng.permutation(len(part))[:n]] for part in (s, t)]
+    add("Vendi score", vendi_score(drawn[0]), vendi_score(drawn[1]), "higher", "quality and copies")
     return pd.DataFrame(rows, columns=["score", "value", "real", "better", "blind_to"])
 
 

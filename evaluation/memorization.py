@@ -94,6 +94,8 @@ def memorization(
         return
     detector = PixelDetector(training, held_out, search, out / STATES, null_slices)
     found = detector.of_set("synthetic", made)
+    for name in ("search.json", "sensitivity.csv"):  # of a search of before; search.json comes last and says what holds
+        (out / name).unlink(missing_ok=True)
     for name, table in detector.tables.items():
         write_atomically(out / f"nearest-{name}.parquet", table.to_parquet())
     tables = judge(detector, found, training, false_alarm_rate)

@@ -8,6 +8,7 @@ import pandas as pd
 from rich.console import Console
 
 from datamodules.slice_set import SliceSet, write_atomically
+from evaluation.detectors import refuse_spoilt_null
 from evaluation.feature_scores import scores_of_sets
 from evaluation.feature_spaces import IMAGENET, feature_space
 from evaluation.memorization import training_and_held_out
@@ -24,18 +25,22 @@ def quality(synthetic: Path, real: Path, out: Path, features: list[str] | None =
     Args:
         synthetic: slice set that a generator made; its manifest says whom the generator has seen.
         real: the slice set that it was trained on, with other patients in it.
-        out: folder for quality.csv; its last column is the fingerprint of the synthetic set.
+        out: folder for quality.csv; its last columns are the fingerprints of the sets.
         features: the feature spaces; null: imagenet (EfficientNet-Lite0, of photographs). A checkpoint of a copy
             detector (.ckpt), or TorchScript files that turn float (N, 3, H, W) in [0, 1] into features (N, D).
         device: cpu, cuda, cuda:1, ...; auto: a GPU if there is one.
 
     Raises:
-        ValueError: if the sets do not fit, or a feature space cannot be made.
+        ValueError: if the sets do not fit, a feature space cannot be made, or a copy detector saw held-out patients.
     """
     made, source = SliceSet(synthetic), SliceSet(real)
     training, held_out = training_and_held_out(made, source)
     spaces = {name: feature_space(name, chosen_device(device)) for name in features or [IMAGENET]}
-    table = scores_of_sets(training, held_out, made, spaces).assign(fingerprint=made.manifest.fingerprint)
+    for space in features or []:
+        if space.endswith(".ckpt"):
+            refuse_spoilt_null(Path(space), held_out)
+    table = scores_of_sets(training, held_out, made, spaces)
+    table = table.assign(fingerprint=made.manifest.fingerprint, real_fingerprint=source.manifest.fingerprint)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "quality.csv", table.to_csv(index=False))
     console = Console(soft_wrap=True, markup=False, highlight=False)

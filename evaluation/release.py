@@ -21,11 +21,10 @@ from rich.console import Console
 
 from datamodules.export_decathlon import export_decathlon
 from datamodules.export_images import export_images
-from datamodules.leak_guard import Seen
 from datamodules.slice_set import INDEX_COLUMNS, SliceSet, finish_slice_set, save_shard, write_atomically
 from evaluation.card import write_card
 from evaluation.card_sections import Card
-from evaluation.detectors import Detector, EmbeddingDetector, PixelDetector
+from evaluation.detectors import Detector, EmbeddingDetector, PixelDetector, refuse_spoilt_null
 from evaluation.feature_spaces import feature_space
 from evaluation.memorization import check_null, draw_pairs, training_and_held_out
 from evaluation.pixel_search import PixelSearch
@@ -145,21 +144,6 @@ def release(
         sys.exit(f"Not released: {failed} of {len(results.criteria)} thresholds do not hold.")
     kept, removed = int((~results.removed).sum()), int(results.removed.sum())
     console.print(f"Released: {out} ({kept} slices, {removed} removed)")
-
-
-def refuse_spoilt_null(detector: Path, held_out: SliceSet) -> None:
-    """Refuse a copy detector that has seen held-out patients: it would know them, and so find fewer false alarms.
-
-    Raises:
-        ValueError: naming these patients.
-    """
-    seen = Seen.of_checkpoint(str(detector))
-    known = sorted(set(seen.patients) & set(held_out.patients))
-    if known:
-        raise ValueError(
-            f"{detector} was trained on {len(known)} held-out patients ({', '.join(known[:5])}), who are to calibrate "
-            "it. Train a copy detector on the patients of the generator alone."
-        )
 
 
 def read_usefulness(study: Path) -> pd.DataFrame:

@@ -157,7 +157,14 @@ def _names(arms: Sequence[Arm]) -> list[str]:
     """Name arms by what they were trained on and, where several share that, by what their runs are called."""
     several_sources = len({arm.source for arm in arms if arm.source}) > 1
     names = [f"{arm.kind} ({arm.source})" if arm.source and several_sources else arm.kind for arm in arms]
-    return [f"{name}: {arm.stem}" if names.count(name) > 1 else name for arm, name in zip(arms, names, strict=True)]
+    for longer in (lambda arm: arm.stem, lambda arm: ", ".join(one.name for one in arm.segmenters)):
+        twice = {name for name in names if names.count(name) > 1}
+        kinds = [name.partition(": ")[0] for name in names]
+        names = [
+            f"{kind}: {longer(arm)}" if name in twice else name
+            for arm, kind, name in zip(arms, kinds, names, strict=True)
+        ]
+    return names
 
 
 def _settings(run: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from callbacks.curves import read_curves
 from evaluation.memorization import JOINT
 from evaluation.results import read_results
 from metrics.statistics import bootstrap_mean
+from metrics.volumes import apply_convention
 from study.arms import ENTITIES, Arm, command_of
 from study.results import Generator, Study
 
@@ -26,40 +27,59 @@ SEARCHED_SCORES = (JOINT, "all", "brain all", "label")
 
 
 def distance_per_patient(arm: Arm, metric: str, entity: str) -> pd.DataFrame:
-    """A distance of every patient: (patients, seeds), NaN where it is infinite or undefined.
+    """A distance of every patient under the convention of its judgement: (patients, seeds).
 
-    There are no columns if nothing was judged.
+    By default a structure that only prediction or reference holds has the diagonal of the volume, one that neither
+    holds NaN. There are no columns if nothing was judged.
     """
     columns = {}
     for one in arm.segmenters:
         if (one.folder / "evaluation" / "summary.json").is_file():
-            table = read_results(one.folder).table
+            results = read_results(one.folder)
+            table = apply_convention(results.table, results.empty)
             of_entity = table[table["entity"] == entity]
             columns[one.name] = of_entity.groupby("patient")[metric].mean().reindex(arm.patients)
-    return pd.DataFrame(columns, index=arm.patients).replace([np.inf, -np.inf], np.nan)
+    return pd.DataFrame(columns, index=arm.patients)
 
 
 def distance_table(study: Study) -> pd.DataFrame:
-    """Mean distances of every arm and entity over the patients that have one, and how many have none.
+    """Mean distances of every arm and entity over patients and seeds, beside how many structures were missed.
 
-    A structure that is absent from prediction or reference has no distance: an arm that misses more of them may look
-    better here, so missed and false ones, over all seeds, stand beside the means.
+    missed and false_positive count predictions, of all patients and seeds; held is how often a reference holds the
+    structure, so missed is of so many.
     """
-    columns = ["arm", "entity", "metric", "patients", "valid", "mean", "ci_low", "ci_high", "missed", "false_positive"]
+    columns = [
+        "arm", "entity", "metric", "patients", "valid", "mean", "ci_low", "ci_high", "held", "missed", "false_positive",
+    ]  # fmt: skip
     rows = []
     for arm in study.arms:
         counts = pd.concat([one.counts for one in arm.segmenters])
         for entity in ENTITIES:
             of_entity = counts[counts["entity"] == entity]
             reference, prediction = of_entity["tp"] + of_entity["fn"] > 0, of_entity["tp"] + of_entity["fp"] > 0
+            wrong = [int(these.sum()) for these in (reference, reference & ~prediction, prediction & ~reference)]
             for metric in DISTANCES:
                 values = distance_per_patient(arm, metric, entity)
                 if values.shape[1]:
                     mean = bootstrap_mean(values.to_numpy(float))
-                    numbers = (len(values), mean.n, mean.estimate, mean.low, mean.high)
-                    wrong = (int((reference & ~prediction).sum()), int((prediction & ~reference).sum()))
-                    rows.append((arm.name, entity, metric, *numbers, *wrong))
+                    rows.append(
+                        (arm.name, entity, metric, len(values), mean.n, mean.estimate, mean.low, mean.high, *wrong)
+                    )
+    _check_one_kind(study)
     return pd.DataFrame(rows, columns=columns)
+
+
+def _check_one_kind(study: Study) -> None:
+    """Refuse Hausdorff distances of two kinds, or penalties of two conventions, in one table."""
+    kinds: dict[str, str] = {}
+    for arm in study.arms:
+        for one in arm.segmenters:
+            if (one.folder / "evaluation" / "summary.json").is_file():
+                results = read_results(one.folder)
+                kinds.setdefault(f"hausdorff {results.hausdorff}, empty {results.empty}", one.name)
+    if len(kinds) > 1:
+        whose = "; ".join(f"{name}: {kind}" for kind, name in kinds.items())
+        raise ValueError(f"The segmenters were judged by different conventions ({whose}). Judge all alike.")
 
 
 def curve_table(study: Study) -> pd.DataFrame:
@@ -69,6 +89,7 @@ def curve_table(study: Study) -> pd.DataFrame:
     for run in study.runs:
         table = read_curves(run.folder).rename(columns={"step": "images_seen"})
         table = table[~table["metric"].str.contains("/test")]  # logged once, when no images are counted
+        table = table[table["images_seen"] <= run.run["images_seen"]]  # a run of before may have been longer
         tables.append(table.assign(run=run.name, arm=arms.get(run.name, "")))
     columns = ["run", "arm", "images_seen", "metric", "value"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
@@ -85,7 +106,7 @@ def cost_table(study: Study) -> pd.DataFrame:
         record, emission = run.run, _json(run.folder / "emission.json")
         processes = record.get("processes", 1)
         hours, seconds = record["train_seconds"] * processes / 3600, record["train_seconds"]
-        rate = emission["images"] / emission["seconds"] if emission else np.nan
+        rate = emission["images"] / emission["seconds"] if emission.get("seconds") else np.nan
         slices = len(run.synthetic) if isinstance(run, Generator) else 0
         emission_hours = slices / rate * emission["processes"] / 3600 if emission else np.nan
         rows.append(
@@ -117,8 +138,8 @@ def quality_table(study: Study) -> pd.DataFrame:
         path = generator.folder / "quality" / "quality.csv"
         if path.is_file():
             table = pd.read_csv(path)
-            _check_current(generator, path, set(table["fingerprint"]))
-            tables.append(table.drop(columns="fingerprint").assign(generator=generator.name))
+            _check_current(generator, path, set(table["fingerprint"]), set(table["real_fingerprint"]))
+            tables.append(table.assign(generator=generator.name))
     columns = ["generator", "features", "score", "value", "real", "better", "blind_to"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
@@ -134,7 +155,10 @@ def search_table(study: Study) -> pd.DataFrame:
         folder = generator.folder / "nearest"
         search = _json(folder / "search.json")
         if search:
-            _check_current(generator, folder / "search.json", {search["sets"]["synthetic"]["fingerprint"]})
+            sets = search["sets"]
+            _check_current(
+                generator, folder / "search.json", {sets["synthetic"]["fingerprint"]}, {sets["training"]["fingerprint"]}
+            )
             judgement, patients = (pd.read_csv(folder / name) for name in ("judgement.csv", "patients.csv"))
             tables.append(
                 judgement[judgement["score"].isin(SEARCHED_SCORES)].assign(
@@ -156,20 +180,22 @@ def sensitivity_table(study: Study) -> pd.DataFrame:
     """Which share of planted copies the same search finds: a row per generator and kind."""
     tables = []
     for generator in study.generators:
-        path = generator.folder / "nearest" / "sensitivity.csv"
-        if path.is_file():
-            tables.append(pd.read_csv(path).assign(generator=generator.name))
+        folder = generator.folder / "nearest"
+        if _json(folder / "search.json").get("planted"):
+            tables.append(pd.read_csv(folder / "sensitivity.csv").assign(generator=generator.name))
     columns = ["generator", "kind", "false_alarm_rate", "rate", "ci_low", "ci_high", "slices"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def _check_current(generator: Generator, path: Path, fingerprints: set[str]) -> None:
-    own = generator.synthetic.manifest.fingerprint
-    if fingerprints != {own}:
-        raise ValueError(
-            f"{path} is of another synthetic set than the one in {generator.synthetic.root} (fingerprint {own[:8]}). "
-            f"Remove it, or run it again; the generator was `{command_of(generator.folder)}`."
-        )
+def _check_current(generator: Generator, path: Path, synthetic: set[str], real: set[str]) -> None:
+    """Refuse results of other sets than those of the report."""
+    for slices, found in ((generator.synthetic, synthetic), (generator.training, real)):
+        own = slices.manifest.fingerprint
+        if found != {own}:
+            raise ValueError(
+                f"{path} is of another set than {slices.root} (fingerprint {own[:8]}). Remove it, or make it again; "
+                f"the generator was `{command_of(generator.folder)}`."
+            )
 
 
 def _json(path: Path) -> dict[str, Any]:

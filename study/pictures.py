@@ -19,13 +19,11 @@ from study import figures
 from study.arms import ARM_KINDS, CLASS_MEAN, Arm
 from study.further_tables import VALIDATION_DICE, distance_per_patient
 from study.results import NULL_QUANTILE, R_COLUMNS, Generator, Study
-from study.words import SHOWN_ENTITIES, Tables
+from study.words import FEW_ARMS, SHOWN_ENTITIES, Tables
 
 EXAMPLES = 5
 NEAREST_SYNTHETIC = 4
 NEAREST_HELD_OUT = 2
-FEW_ARMS = 6
-"""More are shown in rows."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ Chart = tuple[str, str, Callable[[Theme], Figure]]
 
 def draw_pictures(study: Study, tables: Tables, folder: Path) -> Iterator[Picture]:
     """Draw every figure, save it as PNG and charts as SVG too, and hand it over for the page."""
+    for path in folder.iterdir():
+        path.unlink()  # those of runs that are no longer in the study
     for name, caption, draw in _charts(study, tables):
         light = draw(LIGHT)
         write_atomically(folder / f"{name}.svg", to_svg(light))
@@ -123,8 +123,8 @@ def _curve_chart(study: Study, tables: Tables, colours: Mapping[str, int]) -> It
     shown = {title: rows for title, rows in shown.items() if len(rows)}
     if shown:
         caption = (
-            "Dice on validation patients while training, mean of the classes; a panel for each segmenter trained on "
-            "real slices and those compared with it. Colours as above."
+            "Validation Dice while training, mean of the classes; on synthetic slices where a run chose its model by "
+            "them. A panel for each segmenter trained on real slices and those compared with it; colours as above."
         )
         yield "learning_curves", caption, functools.partial(figures.curves, shown, colours, "validation Dice")
 

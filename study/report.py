@@ -15,7 +15,7 @@ from evaluation.card import STYLE
 from evaluation.text import align
 from study.arms import CLASS_MEAN
 from study.further_tables import cost_table, curve_table, distance_table, quality_table, search_table, sensitivity_table
-from study.pictures import FEW_ARMS, draw_pictures
+from study.pictures import draw_pictures
 from study.results import (
     ALL_MODALITIES,
     class_table,
@@ -27,7 +27,7 @@ from study.results import (
     run_table,
 )
 from study.sentences import headline, safety_sentence, search_sentences, usefulness_sentences, warnings
-from study.words import SHOWN_ENTITIES, Tables, interval, number, percent, percent_interval, rows_of, short
+from study.words import FEW_ARMS, SHOWN_ENTITIES, Tables, interval, number, percent, percent_interval, rows_of, short
 
 TITLE = "May the synthetic slices stand in for the real ones?"
 

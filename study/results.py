@@ -72,11 +72,11 @@ class Study:
         return self.arms[0].patients if self.arms else []
 
     def baseline(self, arm: Arm) -> Arm | None:
-        """The arm trained on real slices to compare with: of the same settings, or at least the same model."""
+        """The arm trained on real slices to compare with: of the same model and the most alike settings."""
         real = [other for other in self.arms if other.kind == "real"]
 
-        def differs(other: Arm) -> tuple[bool, bool, bool]:
-            return other.model != arm.model, other.settings != arm.settings, other.seeds != arm.seeds
+        def differs(other: Arm) -> tuple[bool, int, bool]:
+            return other.model != arm.model, len({*other.settings} ^ {*arm.settings}), other.seeds != arm.seeds
 
         return min(real, key=differs) if real else None
 

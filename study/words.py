@@ -11,6 +11,9 @@ from study.arms import CLASS_MEAN
 SHOWN_ENTITIES = ("core", "oedema", "enhancing", "WT", "TC", CLASS_MEAN)
 """Of the page; ET equals enhancing and is in the CSV tables only."""
 
+FEW_ARMS = 6
+"""More are shown in rows."""
+
 Tables = dict[str, pd.DataFrame]
 
 
@@ -31,9 +34,9 @@ def short(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
-def percent(value: float) -> str:
+def percent(value: float, digits: int = 1) -> str:
     """Format a share; NaN is a dash."""
-    return "–" if pd.isna(value) else f"{100 * value:.1f}\u00a0%"
+    return "–" if pd.isna(value) else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def interval(value: float, low: float, high: float) -> str:

@@ -205,6 +205,9 @@ def test_alike_images_of_people_who_are_known_to_be_different(root, tmp_path):
     with pytest.raises(ValueError, match=r"different_patients '\[\[ONE, OTHER\]\]'"):
         trained_on(root, alike)
     trained_on(root, alike, different_patients=[("X", "P3")])
+    twice = real_set(tmp_path / "twice", {"X": "train", "Y": "train"}, dict.fromkeys("XY", images_of(root, "P3")))
+    with pytest.raises(ValueError, match="P3, whose images are those of Y"):  # another one
+        trained_on(root, twice, different_patients=[("X", "P3")])
     by_name = real_set(tmp_path / "by_name", {"P3": "train"})
     with pytest.raises(ValueError, match=r"by_name contains 1 patients of the test .*\(P3\)"):
         trained_on(root, by_name, different_patients=[("P3", "P3")])

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks.curves import read_curves
 from callbacks.synthetic_dataset import power_of_two_below
 from datamodules.slice_set import SliceSet, read_manifest
-from train import main
+from train import is_refusal, main
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "base.yaml" and p.parent.name != "cluster")
 
@@ -161,6 +161,17 @@ def test_bad_options_are_refused_with_the_reason(option, words, slice_set, tmp_p
     assert words in reason
     assert len(reason.splitlines()) < 12
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_only_what_is_raised_on_purpose_is_a_refusal(tmp_path):
+    for call, expected in (
+        (lambda: SliceSet(tmp_path), True),
+        (lambda: power_of_two_below("x"), False),
+        (lambda: int("x"), False),
+    ):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            call()
+        assert is_refusal(caught.value) is expected
 
 
 def test_predict_without_a_checkpoint_says_to_train_first(slice_set, tmp_path):
