@@ -7,12 +7,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-COLUMNS = ("step", "metric", "value")
-FILE = "curves.csv"
+from evaluation.curves import COLUMNS, FILE
 
 
 class CurvesCSV(Logger):
@@ -58,16 +56,3 @@ class CurvesCSV(Logger):
             if known and not known.endswith(b"\n"):
                 file.write("\n")  # behind a line that was cut off
             csv.writer(file).writerows(lines if known else [COLUMNS, *lines])
-
-
-def read_curves(folder: Path) -> pd.DataFrame:
-    """Read the curves of a run: step, metric, value, sorted by metric and step; empty if the run has none.
-
-    A line that a crash has cut off is passed over.
-    """
-    path = folder / FILE
-    if not path.is_file() or not path.stat().st_size:
-        return pd.DataFrame(columns=list(COLUMNS))
-    table = pd.read_csv(path, on_bad_lines="skip").dropna(subset=list(COLUMNS[:2]))
-    table = table.drop_duplicates(["step", "metric"], keep="last")
-    return table.sort_values(["metric", "step"], ignore_index=True)

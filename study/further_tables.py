@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from callbacks.curves import read_curves
+from evaluation.curves import read_curves
 from evaluation.memorization import JOINT
 from evaluation.results import read_results
 from metrics.statistics import bootstrap_mean

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_slices import GENERATORS, generator_args, stylegan2_args, train, unet_args, write_slice_set
 
-from callbacks.curves import read_curves
 from datamodules.slice_set import SliceSet
+from evaluation.curves import read_curves
 
 AUGMENTATION = [
     "--model.augmentation=lightning_modules.ada.AdaptiveAugmentation",

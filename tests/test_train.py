@@ -11,9 +11,9 @@ from fake_slices import ROOT, generator_args, shrunk, stylegan2_args, train, une
 from scipy.stats import pearsonr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.curves import read_curves
 from callbacks.synthetic_dataset import power_of_two_below
 from datamodules.slice_set import SliceSet, read_manifest
+from evaluation.curves import read_curves
 from train import is_refusal, main
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "base.yaml" and p.parent.name != "cluster")
