@@ -108,8 +108,8 @@ def test_the_headline_says_that_a_set_does_not_stand_in_and_its_risk(study):
     assert (
         "The synthetic set does not stand in for the real one: trained on these slices alone, unet-synthetic reaches a "
         "Dice of 0.600 against 0.800, a price of 0.200 and 75.0 % (95 % interval 75 to 75 %) of the real Dice, where "
-        "the paper's least is 80 %. The risk: 20.0 % (95 % interval 10 to 30 %) of the slices of gan are suspiciously near "
-        "to training slices, where chance puts 1.0 %: more than chance."
+        "the paper's least is 80 %. The risk: 20.0 % (95 % interval 10 to 30 %) of the slices of gan are suspiciously "
+        "near to training slices, where chance puts 1.0 %: more than chance."
     ) in text
     assert (
         "They come near to 2 of 4 training patients. Copies that it finds in less than half of the cases: label" in text
