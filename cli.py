@@ -41,7 +41,7 @@ COMMANDS = {
     "import-images": Command(
         "datamodules.import_images",
         "import_images",
-        "turn a folder of synthetic pictures, one PNG per channel, into a slice set",
+        "turn a folder of synthetic pictures, one PNG or TIFF per channel, into a slice set",
         "standin import-images BRGANDI/StyleGAN2 data/stylegan2 --trained_on paper-2020",
     ),
     "import": Command(
@@ -121,7 +121,7 @@ COMMANDS = {
     "export images": Command(
         "datamodules.export_images",
         "export_images",
-        "write a slice set as the paper's pictures, one PNG per channel",
+        "write a slice set as the paper's pictures, one PNG or TIFF per channel",
         "standin export images runs/stylegan2/synthetic exported/images",
     ),
     "export huggingface": Command(

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -135,10 +135,16 @@ def ours(synthetic: SliceSet, training: SliceSet, everything: bool) -> None:
     slice_bytes = int(np.prod(loaders[0].shape))
     share = min(len(synthetic), (MEMORY_BYTES - 3 * BLOCK * slice_bytes) // slice_bytes)
     for start in range(0, len(synthetic), share):
-        positions = np.arange(start, min(start + share, len(synthetic)))
-        search = Search(loaders[0].load(positions), scores, k=5 if everything else 1)
-        for first, block in loaders[1].blocks(BLOCK):
-            search.compare(block, first)
+        search_share(loaders, np.arange(start, min(start + share, len(synthetic))), scores, 5 if everything else 1)
+
+
+def search_share(
+    loaders: Sequence[PixelLoader], positions: npt.NDArray[np.int64], scores: Sequence[Score], k: int
+) -> None:
+    """Search some synthetic slices; their memory ends with the call."""
+    search = Search(loaders[0].load(positions), scores, k)
+    for first, block in loaders[1].blocks(BLOCK):
+        search.compare(block, first)
 
 
 def bare(pixels: int) -> tuple[Callable[[], object], float, str]:

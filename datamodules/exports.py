@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,8 @@ from PIL import Image
 from datamodules.parallel import available_cores, run_in_processes
 from datamodules.slice_set import CLASSES, INDEX_COLUMNS, MODALITIES, Slices, SliceSet, class_pixels, write_atomically
 from datamodules.splits import SPLITS
+
+FileType = Literal["png", "tiff"]
 
 RECORD = "export.json"
 SHOWN = 20
@@ -276,8 +278,14 @@ def patient_folds(cases: Sequence[Case], folds: int, seed: int) -> dict[str, int
 
 def png(image: Slices) -> bytes:
     """Encode uint8 (H, W) as an 8-bit grey PNG, whose rows are the first axis."""
+    return picture(image, "png")
+
+
+def picture(image: Slices, file_type: FileType) -> bytes:
+    """Encode uint8 (H, W) as an 8-bit grey picture without loss, whose rows are the first axis."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
+    compression = {"compression": "tiff_adobe_deflate"} if file_type == "tiff" else {}
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, file_type, **compression)
     return buffer.getvalue()
 
 

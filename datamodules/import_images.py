@@ -1,4 +1,4 @@
-"""`standin import-images`: a folder of pictures, one 8-bit grey PNG per channel, as a synthetic slice set.
+"""`standin import-images`: a folder of pictures, one 8-bit grey PNG or TIFF per channel, as a synthetic slice set.
 
 The published synthetic sets of Usman Akbar, Larsson, Blystad, Eklund (Scientific Data 11:259, 2024; BRGANDI on the AIDA
 Data Hub, 10.23698/aida/synthetic/brgandi) are of this kind. A file says which channel it is by the end of its name or,
@@ -45,6 +45,7 @@ from datamodules.slices import reduction_factor, shrink_images, shrink_labels
 from datamodules.splits import paper_lists
 
 SLICES_AT_ONCE = 256
+ENDINGS_OF_PICTURES = (".png", ".tif", ".tiff")
 _CHANNEL_OF = {ending.lower(): number for number, ending in enumerate(ENDINGS)}
 _STEM = re.compile(rf"(?:(?P<name>.*)[_-])?(?P<channel>{'|'.join(_CHANNEL_OF)})", re.IGNORECASE)
 _PREFIXES = {"paper-2020": "BraTS20_", "paper-2021": "BraTS2021_"}
@@ -68,7 +69,7 @@ def import_images(
     command again goes on after an interruption.
 
     Args:
-        folder: PNG files, 8-bit grey, of one size, at any depth; other files are passed over.
+        folder: PNG or TIFF files, 8-bit grey, of one size, at any depth; other files are passed over.
         out: folder for the slice set; new.
         trained_on: whom the generator has seen: a real slice set, of which its training patients count, or the training
             lists of the paper. Null says that nobody knows: then no leak can be found, and no search for memorized
@@ -172,9 +173,9 @@ def find_pictures(folder: Path) -> tuple[dict[str, list[Path]], dict[str, str]]:
     Raises:
         ValueError: if there is no picture.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png") if folder.is_dir() else []
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS_OF_PICTURES)
     if not paths:
-        raise ValueError(f"Expected pictures (*.png) in {folder}, but there are none.")
+        raise ValueError(f"Expected pictures ({', '.join(ENDINGS_OF_PICTURES)}) in {folder}, but there are none.")
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     faults = {}
     for path in paths:

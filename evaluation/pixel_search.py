@@ -15,8 +15,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,12 +147,11 @@ def search_slices(
         PixelLoader(slices, memorization_view, search.where, _patients(slices, training) if leave_patient_out else None)
         for slices in (queries, training)
     ]
-    scores = memorization_scores(MODALITIES)
     settings = _settings(queries, training, search, leave_patient_out)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     states = folder / key[:16]
     states.mkdir(parents=True, exist_ok=True)
-    plan = _plan(states / "plan.json", search, loaders[1], len(scores), len(queries))
+    plan = _plan(states / "plan.json", search, loaders[1], len(memorization_scores(MODALITIES)), len(queries))
     starts = range(0, len(queries), plan.share)
     files = [states / f"share-{start:09d}.npz" for start in starts]
     mine = list(zip(starts, files, strict=True))[search.shard :: search.shards]
@@ -165,19 +165,7 @@ def search_slices(
         task = progress.add_task(f"Searching {name}", total=len(mine) * len(training))
         for start, file in mine:
             positions = np.arange(start, min(start + plan.share, len(queries)))
-            nearest, searched = _read_state(file) if file.exists() else (None, 0)
-            progress.advance(task, searched)
-            if searched == len(training):
-                continue
-            run = Search(loaders[0].load(positions), scores, search.k, search.transforms, _to(nearest, search.where))
-            saved = time.monotonic()
-            for first, block in loaders[1].blocks(plan.block, searched):
-                run.compare(block, first)
-                progress.advance(task, len(block))
-                searched = first + len(block)
-                if searched == len(training) or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    _write_state(file, run.nearest, searched)
-                    saved = time.monotonic()
+            _search_share(file, positions, loaders, plan.block, search, partial(progress.advance, task))
     if not all(file.exists() and _read_state(file)[1] == len(training) for file in files):
         return None
     parts = [_table(_read_state(file)[0], start, training, search) for start, file in zip(starts, files, strict=True)]
@@ -228,6 +216,32 @@ def _plan(path: Path, search: PixelSearch, training: PixelLoader, scores: int, q
             os.link(temporary, path)
         temporary.unlink()
     return _Plan(**json.loads(path.read_text()))
+
+
+def _search_share(
+    file: Path,
+    positions: npt.NDArray[np.int64],
+    loaders: Sequence[PixelLoader],
+    block_size: int,
+    search: PixelSearch,
+    advance: Callable[[int], None],
+) -> None:
+    """Search some of the queries, going on from the state in the file. The memory of the share ends with the call."""
+    nearest, searched = _read_state(file) if file.exists() else (None, 0)
+    advance(searched)
+    queries, training = loaders
+    if searched == len(training.source):
+        return
+    scores = memorization_scores(MODALITIES)
+    run = Search(queries.load(positions), scores, search.k, search.transforms, _to(nearest, search.where))
+    saved = time.monotonic()
+    for first, block in training.blocks(block_size, searched):
+        run.compare(block, first)
+        advance(len(block))
+        searched = first + len(block)
+        if searched == len(training.source) or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            _write_state(file, run.nearest, searched)
+            saved = time.monotonic()
 
 
 def _divide(search: PixelSearch, training: PixelLoader, scores: int, queries: int) -> _Plan:

@@ -57,7 +57,7 @@ def release(
     study: Path | None = None,
     losses: Path | None = None,
     features: list[str] | None = None,
-    also_as: Literal["png", "nifti"] | None = None,
+    also_as: Literal["png", "tiff", "nifti"] | None = None,
     name_patients: bool = False,
     with_real_images: bool = False,
     title: str = "Synthetic brain tumour MR slices",
@@ -84,8 +84,8 @@ def release(
         losses: table of the generator's losses on real slices (callbacks.MembershipLosses), for another attack.
         features: further feature spaces of the aggregate scores: "imagenet", or TorchScript files that turn float
             (N, 3, H, W) in [0, 1] into features (N, D).
-        also_as: write images/ too, one PNG per channel as `standin export images` does, or NIfTI files as `standin
-            export decathlon` does; slices that these refuse are listed in images/export.json.
+        also_as: write images/ too, a PNG or TIFF per channel as `standin export images` does, or NIfTI files as
+            `standin export decathlon` does; slices that these refuse are listed in images/export.json.
         name_patients: keep the names and image signatures of the training patients in the manifest, so that others can
             leave them out of their tests; only where membership is public.
         with_real_images: show the nearest real slices in the card too.
@@ -127,10 +127,10 @@ def release(
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         write_kept(partial / "slices", made.subset(~results.removed), name_patients)
-        if also_as == "png":
-            export_images(partial / "slices", partial / "images", skip_faulty=True)
-        elif also_as == "nifti":
+        if also_as == "nifti":
             export_decathlon(partial / "slices", partial / "images", skip_faulty=True)
+        elif also_as:
+            export_images(partial / "slices", partial / "images", also_as, skip_faulty=True)
         hashes = {f"slices/{path.name}": sha256(path) for path in sorted((partial / "slices").iterdir())}
         write_card(partial, replace(card, hashes=hashes), parts, results)
         write_hashes(partial)

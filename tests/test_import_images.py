@@ -78,9 +78,13 @@ def test_pictures_become_slices_with_the_classes_that_the_paper_reads(tmp_path):
     assert slices.manifest.content["filtered"] == "nothing"
 
 
-def test_exported_pictures_come_back_as_the_same_slices(tmp_path):
+@pytest.mark.parametrize("file_type", ["png", "tiff"])
+def test_exported_pictures_come_back_as_the_same_slices(tmp_path, file_type):
     made = synthetic_set(tmp_path / "made", count=10)
-    back = SliceSet(import_images(export_images(made, tmp_path / "pictures", workers=1), tmp_path / "out", workers=1))
+    pictures = export_images(made, tmp_path / "pictures", file_type, workers=1)
+    with Image.open(pictures / f"T2/made-3_T2.{file_type}") as image:
+        assert (image.format, image.mode) == (file_type.upper(), "L")
+    back = SliceSet(import_images(pictures, tmp_path / "out", workers=1))
     np.testing.assert_array_equal(back.read(range(10)), SliceSet(made).read(range(10)))
     assert back.index["patient"].to_list() == [f"made-{i}" for i in range(10)]
 
@@ -219,7 +223,7 @@ def test_finished_set_is_left_alone_and_another_one_refused(tmp_path):
 
 
 def test_folder_without_pictures_or_with_oblong_ones_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Expected pictures \(\*\.png\) in .*nowhere, but there are none"):
+    with pytest.raises(ValueError, match=r"Expected pictures \(\.png, \.tif, \.tiff\) in .*nowhere, but there are none"):
         import_images(tmp_path / "nowhere", tmp_path / "out", workers=1)
     for ending in ENDINGS:
         save(tmp_path / "oblong" / f"a_{ending}.png", np.ones((16, 8), np.uint8))

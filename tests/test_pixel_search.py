@@ -1,6 +1,7 @@
 """`standin memorization`: tables against brute force, restart, shares, memory, and what is refused."""
 
 import json
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from evaluation.detectors import thinned
 from evaluation.memorization import memorization, training_and_held_out
 from evaluation.pixel_search import PixelSearch, pixel_values, search_slices
 from metrics.correlation_search import Search
+from metrics.pixel_loader import PixelLoader
 
 SIDES = {"A": "train", "B": "train", "C": "train", "D": "val", "E": "test"}
 NO_SHIFT = PixelSearch(k=3, mirror=True, max_shift_px=0)
@@ -94,10 +96,20 @@ def test_the_table_does_not_depend_on_memory_or_shards(synthetic, training, tmp_
     monkeypatch.setattr(pixel_search, "TILE", {"cpu": (4, 4)})
     monkeypatch.setattr(pixel_search, "STRIPE_BYTES", {"cpu": 1})
     monkeypatch.setattr(pixel_search, "CHUNK_BYTES", 1)
+    load, in_memory = PixelLoader.load, []
+
+    def load_alone(self, positions):
+        assert not any(share() for share in in_memory)  # the share before was let go
+        pixels = load(self, positions)
+        in_memory.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(PixelLoader, "load", load_alone)
     little = PixelSearch(k=3, max_shift_px=0, memory_gib=1.4e-5)
     divided = search_slices("synthetic", synthetic, training, tmp_path / "little", little)
     plan = json.loads(next((tmp_path / "little").rglob("plan.json")).read_text())
     assert plan == {"share": 2, "block": 1}
+    assert len(in_memory) == 5
     pd.testing.assert_frame_equal(divided, whole)
     shards = [PixelSearch(k=3, max_shift_px=0, memory_gib=1.4e-5, shard=n, shards=2) for n in range(2)]
     assert search_slices("synthetic", synthetic, training, tmp_path / "shards", shards[1]) is None

@@ -183,14 +183,14 @@ def test_usefulness_losses_and_pictures_come_on_request(synthetic, real, detecto
     losses.to_parquet(tmp_path / "losses.parquet")
     options = {"thresholds": EASY, "max_shift_px": 1, "planted": 8, "evidence": released.with_name("out-evidence")}
     out = tmp_path / "out"
-    asked = {"study": tmp_path / "report", "losses": tmp_path / "losses.parquet", "also_as": "png"}
+    asked = {"study": tmp_path / "report", "losses": tmp_path / "losses.parquet", "also_as": "tiff"}
     release(synthetic, real, detector, out, **asked, **options)
     assert "87.00 (80.0–90.0) %" in (out / "card.md").read_text()
     attack = [row for row in card_of(out)["membership"] if row["score"] == "loss"]
     assert [row["auc"] for row in attack] == [1.0, 1.0]  # losses give everybody away
     kept, name = SliceSet(out / "slices"), SliceSet(out / "slices").index["volume"][2]
-    assert np.array_equal(np.asarray(Image.open(out / f"images/FLAIR/{name}_flair.png")), kept.read([2])[0, 3])
-    assert f"  images/Seg/{name}_seg.png\n" in (out / "SHA256SUMS").read_text()
+    assert np.array_equal(np.asarray(Image.open(out / f"images/FLAIR/{name}_flair.tiff")), kept.read([2])[0, 3])
+    assert f"  images/Seg/{name}_seg.tiff\n" in (out / "SHA256SUMS").read_text()
 
 
 def test_what_cannot_be_released_is_refused_at_once(synthetic, real, detector, released, tmp_path):
