@@ -223,7 +223,7 @@ def test_finished_set_is_left_alone_and_another_one_refused(tmp_path):
 
 
 def test_folder_without_pictures_or_with_oblong_ones_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Expected pictures \(\.png, \.tif, \.tiff\) in .*nowhere, but there are none"):
+    with pytest.raises(ValueError, match=r"Expected pictures \(\.png, \.tif, \.tiff\) in .*nowhere"):
         import_images(tmp_path / "nowhere", tmp_path / "out", workers=1)
     for ending in ENDINGS:
         save(tmp_path / "oblong" / f"a_{ending}.png", np.ones((16, 8), np.uint8))
