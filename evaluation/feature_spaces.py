@@ -17,7 +17,8 @@ from torch import Tensor
 
 from datamodules.slice_set import MODALITIES, Slices
 from evaluation.embedding_search import Embed
-from lightning_modules.copy_detection import load_copy_detector
+from lightning_modules.base import load_frozen
+from lightning_modules.copy_detection import CopyDetector
 
 IMAGENET = "imagenet"
 IMAGENET_PX = 128
@@ -41,7 +42,7 @@ def feature_space(name: str, device: torch.device) -> Embed:
         ValueError: if the wheel is not installed, or the file cannot be read or gives no (N, D).
     """
     if name.endswith(".ckpt"):
-        return load_copy_detector(name).to(device).embed_array
+        return load_frozen(CopyDetector, name).to(device).embed_array
     network = _imagenet() if name == IMAGENET else _scripted(Path(name))
     network = network.eval().to(device)
 

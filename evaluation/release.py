@@ -31,7 +31,8 @@ from evaluation.pixel_search import PixelSearch
 from evaluation.release_tests import Parts, Results, run_release_tests
 from evaluation.remembered import remembered
 from evaluation.thresholds import Thresholds
-from lightning_modules.copy_detection import load_copy_detector
+from lightning_modules.base import load_frozen
+from lightning_modules.copy_detection import CopyDetector
 
 Filter = Literal["pixels", "embedding"]
 SHARD_SLICES = 4096
@@ -104,7 +105,7 @@ def release(
     made, source = SliceSet(synthetic), SliceSet(real)
     training, held_out = training_and_held_out(made, source)
     check_null(held_out, thresholds.false_alarm_rate)
-    network = load_copy_detector(detector)
+    network = load_frozen(CopyDetector, detector)
     refuse_spoilt_null(detector, held_out)
     loss_table = None if losses is None else pd.read_parquet(losses)
     card = Card(title, filter, None if study is None else read_usefulness(study), with_real_images)

@@ -8,8 +8,6 @@ network is MONAI's, without attention: a part of a latent image says what is in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,32 +215,3 @@ class Autoencoder(ImageClockModule):
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     """Divergence of normal distributions from the standard one, in nats (Kingma and Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + std.square() - 1.0) - std.log()
-
-
-def load_autoencoder(path: str | Path) -> Autoencoder:
-    """Load an autoencoder to use it as it is: frozen, in evaluation mode, on the CPU.
-
-    Args:
-        path: checkpoint of a run; nothing in it is executed.
-
-    Raises:
-        ValueError: if the file cannot be read or is no checkpoint of an autoencoder.
-    """
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        arguments, weights = content["hyper_parameters"], content["state_dict"]
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of an autoencoder's run ({error}).") from error
-    if "latent_moments" not in weights:
-        raise ValueError(
-            f"{path} is a checkpoint of {arguments.get('_class_path', 'something else')}, not of an Autoencoder."
-        )
-    known = signature(Autoencoder).parameters
-    autoencoder = Autoencoder(**{name: value for name, value in arguments.items() if name in known})
-    try:
-        autoencoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the settings of the autoencoder ({error}).") from error
-    autoencoder.on_load_checkpoint(content)
-    autoencoder.freeze()
-    return autoencoder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from inspect import signature
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -89,3 +91,36 @@ class ImageClockModule(LightningModule):
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Give the mean over the batch and all ranks, differentiable across the ranks: (N, ...) -> (...)."""
         return self.over_ranks(values).mean(dim=0)
+
+
+Module = TypeVar("Module", bound=ImageClockModule)
+
+
+def load_frozen(kind: type[Module], path: str | Path) -> Module:
+    """Load a trained module to use it as it is: frozen, in evaluation mode, on the CPU.
+
+    Args:
+        kind: its class.
+        path: checkpoint of a run; nothing in it is executed.
+
+    Raises:
+        ValueError: if the file cannot be read, or is a checkpoint of something else.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        arguments, weights = content["hyper_parameters"], content["state_dict"]
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint of a run of {kind.__name__} ({error}).") from error
+    known = signature(kind).parameters
+    try:
+        module = kind(**{name: value for name, value in arguments.items() if name in known})
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError) as error:
+        what = arguments.get("_class_path", "another model")
+        raise ValueError(
+            f"Expected {path} to hold the weights of {kind.__name__}, but it is a checkpoint of {what}, or its "
+            f"settings are not those of the weights ({error})."
+        ) from error
+    module.on_load_checkpoint(content)
+    module.freeze()
+    return module

@@ -14,9 +14,6 @@ training set?
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import signature
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -228,29 +225,3 @@ def differential_entropy(embeddings: Tensor, strangers: Tensor) -> Tensor:
     distance = (embeddings - embeddings[nearest]).norm(dim=1)
     distance = torch.where(strangers.any(dim=1), distance, FARTHEST)
     return distance.clamp(min=NEAREST).log().mean()
-
-
-def load_copy_detector(path: str | Path) -> CopyDetector:
-    """Load a copy detector to use it as it is: frozen, in evaluation mode, on the CPU.
-
-    Args:
-        path: checkpoint of a run; nothing in it is executed.
-
-    Raises:
-        ValueError: if the file cannot be read or is no checkpoint of a copy detector.
-    """
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        arguments, weights = content["hyper_parameters"], content["state_dict"]
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of a copy detector's run ({error}).") from error
-    known = signature(CopyDetector).parameters
-    detector = CopyDetector(**{name: value for name, value in arguments.items() if name in known})
-    try:
-        detector.load_state_dict(weights)
-    except RuntimeError as error:
-        kind = arguments.get("_class_path", "another model")
-        raise ValueError(f"{path} is a checkpoint of {kind}, or its weights do not fit ({error}).") from error
-    detector.on_load_checkpoint(content)
-    detector.freeze()
-    return detector

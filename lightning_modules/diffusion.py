@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightning_modules.autoencoder import load_autoencoder
+from lightning_modules.autoencoder import Autoencoder
+from lightning_modules.base import load_frozen
 from lightning_modules.conditions import Condition, Conditions
 from lightning_modules.counter_random import Stream, random_normal, random_uniform
 from lightning_modules.denoising import Objective
@@ -79,7 +80,7 @@ class Diffusion(ImageGenerator):
         self.network = network
         self.objective = objective
         self.sampler = sampler
-        self.autoencoder = None if autoencoder is None else load_autoencoder(autoencoder)
+        self.autoencoder = None if autoencoder is None else load_frozen(Autoencoder, autoencoder)
         self.autoencoder_path = autoencoder
         self.learning_rate = learning_rate
         self.rampup_kimg = rampup_kimg

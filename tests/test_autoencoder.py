@@ -15,7 +15,8 @@ from test_interruption import assert_same_run, killed_once
 from torch.distributions import Normal
 
 from datamodules.slice_set import SliceSet
-from lightning_modules.autoencoder import Autoencoder, load_autoencoder
+from lightning_modules.autoencoder import Autoencoder
+from lightning_modules.base import load_frozen
 from lightning_modules.counter_random import Stream, random_normal
 from lightning_modules.image_generator import images_to_slices, slices_to_images
 from lightning_modules.power_ema import exponent
@@ -151,7 +152,7 @@ def test_size_that_cannot_be_halved_is_refused():
 
 def test_run_says_how_well_held_out_slices_are_restored(run_dir, slice_set):
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    model = load_autoencoder(run_dir / "checkpoints" / "last.ckpt")
+    model = load_frozen(Autoencoder, run_dir / "checkpoints" / "last.ckpt")
     for stage in ("val", "test"):
         held_out = SliceSet(slice_set, stage)
         slices = torch.from_numpy(held_out.read(range(len(held_out))))
@@ -199,7 +200,7 @@ def test_two_processes_equal_one(run_dir, slice_set, tmp_path):
 
 
 def test_loaded_autoencoder_is_frozen_and_of_the_same_settings(run_dir):
-    model = load_autoencoder(run_dir / "checkpoints" / "last.ckpt")
+    model = load_frozen(Autoencoder, run_dir / "checkpoints" / "last.ckpt")
     assert model.images_seen == 48
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -209,21 +210,21 @@ def test_loaded_autoencoder_is_frozen_and_of_the_same_settings(run_dir):
 
 def test_what_is_no_fitting_autoencoder_is_refused(run_dir, tmp_path):
     path = run_dir / "checkpoints" / "last.ckpt"
-    with pytest.raises(ValueError, match=r"nowhere\.ckpt cannot be read as a checkpoint of an autoencoder's run"):
-        load_autoencoder("nowhere.ckpt")
+    with pytest.raises(ValueError, match=r"nowhere\.ckpt cannot be read as a checkpoint of a run of Autoencoder"):
+        load_frozen(Autoencoder, "nowhere.ckpt")
     content = torch.load(path, weights_only=True)
     other = tmp_path / "other.ckpt"
     torch.save({"hyper_parameters": {"_class_path": "a.UNet"}, "state_dict": {}}, other)
-    with pytest.raises(ValueError, match=r"is a checkpoint of a\.UNet, not of an Autoencoder"):
-        load_autoencoder(other)
+    with pytest.raises(ValueError, match=r"to hold the weights of Autoencoder, but it is a checkpoint of a\.UNet"):
+        load_frozen(Autoencoder, other)
     content["hyper_parameters"]["latent_channels"] = 2
     torch.save(content, other)
-    with pytest.raises(ValueError, match="the weights do not fit the settings of the autoencoder"):
-        load_autoencoder(other)
+    with pytest.raises(ValueError, match="or its settings are not those of the weights"):
+        load_frozen(Autoencoder, other)
 
 
 def test_slices_of_other_channels_are_refused(run_dir):
-    model = load_autoencoder(run_dir / "checkpoints" / "last.ckpt")
+    model = load_frozen(Autoencoder, run_dir / "checkpoints" / "last.ckpt")
     model.check_channels(["T1", "T1ce", "T2", "FLAIR", "label"])
     words = "was trained on the channels T1, T1ce, T2, FLAIR, label, but the data has T1ce, T1, T2, FLAIR, label"
     with pytest.raises(ValueError, match=words):

@@ -17,13 +17,13 @@ from test_interruption import assert_same_run, killed_once
 from torch.nn.functional import cross_entropy, normalize
 
 from datamodules.slice_set import SliceSet
+from lightning_modules.base import load_frozen
 from lightning_modules.copy_detection import (
     CopyDetector,
     blend_with_next,
     copy_affinity,
     differential_entropy,
     info_nce,
-    load_copy_detector,
     negative_weights,
 )
 from lightning_modules.copy_views import change, copy_views, draw
@@ -323,7 +323,7 @@ def test_two_processes_equal_one(run_dir, slice_set, tmp_path):
 
 
 def test_loaded_detector_is_frozen_and_of_the_same_settings(run_dir):
-    detector = load_copy_detector(run_dir / "checkpoints" / "last.ckpt")
+    detector = load_frozen(CopyDetector, run_dir / "checkpoints" / "last.ckpt")
     assert detector.images_seen == 48
     assert not detector.training
     assert not any(parameter.requires_grad for parameter in detector.parameters())
@@ -331,13 +331,13 @@ def test_loaded_detector_is_frozen_and_of_the_same_settings(run_dir):
 
 
 def test_what_is_no_copy_detector_is_refused(run_dir, slice_set, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.ckpt cannot be read as a checkpoint of a copy detector's run"):
-        load_copy_detector("nowhere.ckpt")
+    with pytest.raises(ValueError, match=r"nowhere\.ckpt cannot be read as a checkpoint of a run of CopyDetector"):
+        load_frozen(CopyDetector, "nowhere.ckpt")
     content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     content["hyper_parameters"] = {"_class_path": "a.UNet"}
     torch.save(content, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"is a checkpoint of a\.UNet, or its weights do not fit"):
-        load_copy_detector(tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"to hold the weights of CopyDetector, but it is a checkpoint of a\.UNet"):
+        load_frozen(CopyDetector, tmp_path / "other.ckpt")
     other = [
         "--config=configs/laptop/autoencoder.yaml",
         f"--data.root={slice_set}",
