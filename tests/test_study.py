@@ -96,6 +96,8 @@ def test_study_goes_from_phantom_to_report_and_reruns_exactly_what_depends_on_a_
         assert len(pd.read_csv(out / "report" / "tables" / f"{name}.csv")), name
 
     assert "Nothing to be done" in snakemake(config)
+    backwards = {"stylegan2": dict(reversed(TINY["generators"]["stylegan2"].items()))}
+    assert "Nothing to be done" in snakemake(write_study(tmp_path / "same.yaml", out=str(out), generators=backwards))
 
     def planned(*changes: str) -> dict[str, int]:
         return jobs(snakemake(config, "--dry-run", "--config", *changes))
