@@ -17,6 +17,8 @@ STANDS_IN = 0.8
 """Of the real Dice; the paper reports 80 to 90 % for training on synthetic slices alone."""
 
 RARELY = 0.5
+WEAK_DICE = 0.5
+"""Of training on real slices: below it a ratio to it is one of beginners."""
 
 
 def headline(tables: Tables) -> str:
@@ -194,6 +196,13 @@ def warnings(study: Study, memorization: pd.DataFrame) -> list[str]:
             f"Only {n} test patients (fewer than {FEW_PATIENTS}): intervals are wide and, from a bootstrap of so few, "
             "rather too narrow than too wide. Read them as a rough guide."
         )
+    real = {arm.name: float(arm.mean_dice[CLASS_MEAN].mean()) for arm in study.arms if arm.kind == "real"}
+    for name, dice in real.items():
+        if dice < WEAK_DICE:
+            found.append(
+                f"The segmenter trained on real slices ({name}) has learned little: its Dice is {number(dice)}. What "
+                "is relative to it says little about a full training."
+            )
     few = sorted({int(row["held_out_patients"]) for row in rows_of(memorization, image=ALL_MODALITIES)})
     if few and few[0] < FEW_PATIENTS:
         found.append(

@@ -246,6 +246,15 @@ def test_test_patients_from_the_training_split_are_pointed_out(study_folder, tmp
     assert "Generators were trained on 1 of the test patients: P000." in said
 
 
+def test_a_weak_segmenter_of_real_slices_is_pointed_out(study_folder, tmp_path):
+    for name, value in (("seg", 0.5), ("weak", 0.25)):
+        dice = dict.fromkeys(REAL, (value,) * 6)
+        write_segmenter(tmp_path / name, [study_folder / "real"], dice, command=["train.py", f"--model.name={name}"])
+    said = warnings_of(study_folder / "real", [], [tmp_path / "seg", tmp_path / "weak"])
+    assert "The segmenter trained on real slices (real: weak) has learned little: its Dice is 0.250." in said
+    assert said.count("has learned little") == 1
+
+
 def warnings_of(*folders):
     study = read_study(*folders)
     return "\n".join(warnings(study, memorization_table(study)))
