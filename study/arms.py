@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -24,6 +24,8 @@ _PATH = re.compile(r"path: *[^,}]+")
 
 ArmKind = Literal["real", "synthetic", "real + synthetic"]
 ARM_KINDS: tuple[ArmKind, ...] = ("real", "synthetic", "real + synthetic")
+KIND_WORDS = ("real", "synthetic", "real+synthetic", "both")
+"""What names of runs say of the kind."""
 
 
 Floats = npt.NDArray[np.float64]
@@ -67,6 +69,11 @@ class Arm:
             return first
         shared = takewhile(lambda letters: len(set(letters)) == 1, zip(first, *others, strict=False))
         return "".join(letters[0] for letters in shared).rstrip("-_ ").removesuffix("seed").rstrip("-_ ") or first
+
+    def difference(self, shared: Set[str]) -> str:
+        """Its stem, less the words that all arms share and those that say on what it was trained."""
+        told = {*shared, *KIND_WORDS, *self.source.split(" + ")}
+        return "-".join(word for word in self.stem.split("-") if word not in told) or self.stem
 
     @property
     def model(self) -> str:
@@ -157,7 +164,12 @@ def _names(arms: Sequence[Arm]) -> list[str]:
     """Name arms by what they were trained on and, where several share that, by what their runs are called."""
     several_sources = len({arm.source for arm in arms if arm.source}) > 1
     names = [f"{arm.kind} ({arm.source})" if arm.source and several_sources else arm.kind for arm in arms]
-    for longer in (lambda arm: arm.stem, lambda arm: ", ".join(one.name for one in arm.segmenters)):
+    shared = set.intersection(*(set(arm.stem.split("-")) for arm in arms)) if arms else set()
+    for longer in (
+        lambda arm: arm.difference(shared),
+        lambda arm: arm.stem,
+        lambda arm: ", ".join(one.name for one in arm.segmenters),
+    ):
         twice = {name for name in names if names.count(name) > 1}
         kinds = [name.partition(": ")[0] for name in names]
         names = [

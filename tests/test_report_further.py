@@ -158,7 +158,7 @@ def test_an_arm_is_compared_with_the_real_one_of_the_same_settings(tmp_path):
     ratios = table(written(tmp_path), "ratio_to_real")
     assert len(set(ratios["arm"])) == 4
     for arm, baseline in zip(ratios["arm"], ratios["baseline"], strict=True):
-        assert baseline == f"real: unet-real-{arm.rpartition('-')[2]}"
+        assert baseline == f"real: {arm.rpartition(': ')[2]}"
     assert ratios["ratio"].tolist() == pytest.approx([1.0] * len(ratios))
 
 
@@ -241,5 +241,5 @@ def test_many_arms_are_rows(study):
         dice = 0.5 + 0.01 * number
         write_segmenter(folder, [study / "gan/synthetic"], dict.fromkeys(PATIENTS, (dice,) * 6))
     index = written(study)
-    assert "synthetic: unet-more6 0.560" in text_of(index)
-    assert re.search(r"synthetic: unet-more6 +0.560", summary_table(index.parent))
+    assert "synthetic: more6 0.560" in text_of(index)
+    assert re.search(r"synthetic: more6 +0.560", summary_table(index.parent))
