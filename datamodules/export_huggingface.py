@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.exports import Case, Export, Part, in_parts, open_export, png, write_file
+from datamodules.exports import Case, Export, Part, in_parts, open_export, picture, write_file
 from datamodules.parallel import run_in_processes
 from datamodules.slice_set import CHANNELS, CLASSES, INDEX_COLUMNS
 
@@ -70,7 +70,7 @@ def _write_table(out: Path, job: tuple[str, Part]) -> None:
     pictures: dict[str, list[dict[str, Any]]] = {name: [] for name in CHANNELS}
     for place, case in enumerate(cases):
         for name, channel in zip(CHANNELS, slices.read([place])[0], strict=True):
-            pictures[name].append({"bytes": png(channel), "path": f"{case.name}_{name}.png"})
+            pictures[name].append({"bytes": picture(channel), "path": f"{case.name}_{name}.png"})
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {name: pa.array(values, image) for name, values in pictures.items()}
     columns |= {name: pa.array(slices.index[name].to_list(), dtype) for name, dtype in COLUMNS.items()}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.exports import Case, Format, as_json, open_export, patient_folds, png
+from datamodules.exports import Case, Format, as_json, open_export, patient_folds, picture
 from datamodules.slice_set import CLASSES, MODALITIES, Slices
 
 
@@ -30,7 +30,7 @@ class RawDataSet(Format):
 
     def contents(self, one: Slices, case: Case) -> list[bytes]:
         """Grey levels and class indices as they are stored."""
-        return [png(channel) for channel in one]
+        return [picture(channel) for channel in one]
 
 
 def export_nnunet(

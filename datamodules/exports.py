@@ -276,12 +276,7 @@ def patient_folds(cases: Sequence[Case], folds: int, seed: int) -> dict[str, int
     return {patients[place]: number % folds for number, place in enumerate(order)}
 
 
-def png(image: Slices) -> bytes:
-    """Encode uint8 (H, W) as an 8-bit grey PNG, whose rows are the first axis."""
-    return picture(image, "png")
-
-
-def picture(image: Slices, file_type: FileType) -> bytes:
+def picture(image: Slices, file_type: FileType = "png") -> bytes:
     """Encode uint8 (H, W) as an 8-bit grey picture without loss, whose rows are the first axis."""
     buffer = io.BytesIO()
     compression = {"compression": "tiff_adobe_deflate"} if file_type == "tiff" else {}

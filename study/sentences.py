@@ -129,7 +129,7 @@ def usefulness_sentences(study: Study, tables: Tables) -> list[str]:
             "real + synthetic": f"Trained on real slices and those of {source} together",
         }[arm.kind]
         share = percent_interval(row["ratio"], row["ci_low"], row["ci_high"], long=True)
-        who = f"{arm.stem}" if several or len(study.arms) > FEW_ARMS else "the segmenter"
+        who = arm.stem if several or len(study.arms) > FEW_ARMS else "the segmenter"
         sentences.append(
             f"{how}, {who} reaches {share} of the Dice of training on real slices ({number(own)} against "
             f"{number(reference)}; mean of the three classes, {len(study.patients)} unseen patients)."
